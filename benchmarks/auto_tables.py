@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from mlx_vlm_prune.pruners.auto.reasons import CAUTIOUS, PUBLISHED
+from mlx_vlm_prune.pruners.auto.reasons import CAUTIOUS, DOCUMENT, PUBLISHED
 
 from .readme_tables import markdown, read
 
@@ -24,10 +24,10 @@ def auto_order_table(results: Path) -> str:
 def auto_caution_table(results: Path) -> str:
     """The prompts for which `auto` keeps more, in Markdown."""
     lines = []
-    for line in CAUTIOUS:
-        words = ", ".join(map(_code, line.words))
+    for line in (*CAUTIOUS, DOCUMENT):
+        words = ", ".join(map(_code, line.words)) or "– (the picture says it)"
         lines.append([line.subject, words, line.why, linked_sources(line.source)])
-    return markdown(("asks for", "words (regular expressions)", "why", "source"), "llll", lines)
+    return markdown(("for", "words (regular expressions)", "why", "source"), "llll", lines)
 
 
 def _code(expression: str) -> str:

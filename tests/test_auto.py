@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from PIL import Image
 
 from benchmarks.auto_tables import shipped_evaluation
 from benchmarks.command_line import RESULTS
@@ -21,10 +22,13 @@ from mlx_vlm_prune.pruners import AUTO, METHODS, check_names, plan
 from mlx_vlm_prune.pruners.auto import ModelFacts, choose
 from mlx_vlm_prune.pruners.auto.caution import cautious, subject_of
 from mlx_vlm_prune.pruners.auto.choice import works_in_tower
+from mlx_vlm_prune.pruners.auto.document import is_document, patches
 from mlx_vlm_prune.pruners.auto.evidence import BASELINES, Evidence
 from mlx_vlm_prune.pruners.auto.reasons import CAUTIOUS, PUBLISHED
 from mlx_vlm_prune.pruners.listing import main as list_pruners
-from mlx_vlm_prune.scenes import CHECKPOINT, EVALUATION, HELD_OUT_SEEDS, question_set
+from mlx_vlm_prune.scenes import CHECKPOINT, EVALUATION, HELD_OUT_SEEDS, compose, question_set
+from mlx_vlm_prune.scenes import pages as pages_world
+from mlx_vlm_prune.scenes.pages import draw
 
 from . import tiny
 
@@ -284,6 +288,41 @@ def test_caution_keeps_twice_as_much_up_to_half():
         "the prompt asks for counting ('how many'), so 0.2 of the tokens stay in place of 0.1;"
         " --no-caution keeps 0.1"
     )
+
+
+def test_drawn_pages_are_documents_and_scenes_and_photographs_are_not(shared_data):
+    pages = [draw(pages_world.compose(1_000_000_100 + n)) for n in range(18)]
+    assert sum(map(is_document, pages)) >= 16
+    assert not any(is_document(compose(1_000_000_100 + n).image()) for n in range(12))
+    photographs = sorted((shared_data / "images").glob("*.jpg"))
+    assert len(photographs) > 10
+    assert not any(is_document(Image.open(file)) for file in photographs)
+
+
+def test_the_patches_of_a_picture_worked_by_hand():
+    picture = Image.new("RGB", (42, 28), "white")
+    picture.paste((0, 0, 0), (14, 0, 28, 14))
+    assert [set(patch) for patch in patches(picture).tolist()] == [
+        {255}, {0}, {255}, {255}, {255}, {255},
+    ]  # fmt: skip
+    assert is_document(picture)
+    assert not is_document(Image.new("RGB", (40, 30), (150, 150, 150)))  # no paper
+    half = picture.copy()
+    half.paste((90, 0, 0), (0, 0, 42, 20))
+    assert not is_document(half)
+    assert patches(Image.new("L", (1792, 3))).shape == (32, 196)
+
+
+def test_a_document_keeps_more_whatever_is_asked():
+    page, scene = draw(pages_world.compose(1_000_000_100)), compose(1_000_000_100).image()
+    kept = cautious("What is it?", 0.1, None, None, lambda: [scene, page])
+    assert kept.keep_ratio == 0.2
+    assert kept.note.startswith(
+        "a picture is a document, so 0.2 of the tokens stay in place of 0.1"
+    )
+    assert cautious("What is it?", 0.1, None, None, lambda: [scene]) is None
+    assert cautious("What is it?", 0.6, None, None, lambda: 1 / 0) is None  # nothing to raise
+    assert choose(facts(), 0.1, None, "What is it?", lambda: [page]).keep_ratio == 0.2
 
 
 def test_all_tokens_or_a_wrong_budget():

@@ -10,11 +10,14 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.evaluate import main as evaluate
 from mlx_vlm_prune.explore import main as explore
 from mlx_vlm_prune.generate import main as generate_main
+from mlx_vlm_prune.hosts import auto
+from mlx_vlm_prune.hosts.auto import noted
 from mlx_vlm_prune.planning import auto_budgets, command_budget
 from mlx_vlm_prune.planning.auto_budgets import choose_within
 from mlx_vlm_prune.planning.budgets import Budget, BudgetChoice
 from mlx_vlm_prune.pruners.auto import AutoChoice
-from mlx_vlm_prune.scenes import compose
+from mlx_vlm_prune.scenes import compose, pages
+from mlx_vlm_prune.scenes.pages import draw
 from mlx_vlm_prune.sweep import main as sweep
 
 CHOSEN = "divprune+restore"  # on the built-in model, tests/test_auto.py
@@ -47,6 +50,28 @@ def test_in_python_an_answer_is_that_of_the_chosen_method_and_says_why(scenes):
     assert named.auto is None
     *_, last = stream_generate(*scenes, COLOUR, SCENES[0], keep_ratio=0.25, max_tokens=2)
     assert last.result.auto == answer.auto
+
+
+def test_the_time_that_choosing_takes_is_counted(scenes):
+    answer = generate(*scenes, COLOUR, SCENES[0], max_tokens=1)
+    later = noted(answer, "auto: why", 5.0)
+    assert later.auto == "auto: why"
+    for part, ms in answer.ttft_ms.items():
+        assert later.ttft_ms[part] == ms + 5.0 * (part in ("image", "total"))
+
+
+def test_a_page_keeps_more_and_is_opened_once(scenes, tmp_path, monkeypatch):
+    draw(pages.compose(1_000_000_100)).save(tmp_path / "page.png")
+    opened, read = [], auto.open_image
+    monkeypatch.setattr(auto, "open_image", lambda *a: opened.append(1) or read(*a))
+    answer = generate(*scenes, COLOUR, tmp_path / "page.png", keep_tokens=22, max_tokens=1)
+    assert answer.visual_tokens_kept == 44 and opened == [1]
+    assert "a picture is a document, so 44 of the tokens stay in place of 22" in answer.auto
+    again = generate(*scenes, COLOUR, tmp_path / "page.png", keep_tokens=22, max_tokens=1,
+                     caution=False)  # fmt: skip
+    assert again.visual_tokens_kept == 22 and opened == [1]
+    with pytest.raises(UserError, match=r"prompt 2 of 2: there is no image file"):
+        batch_generate(*scenes, [COLOUR] * 2, [SCENES[0], "no.png"], keep_tokens=22)
 
 
 def test_what_is_named_stays_and_nothing_is_pruned_without_a_budget(scenes):

@@ -6,11 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..checkpoints.errors import UserError
 from ..generation.request import Request
-from ..generation.result import GenerationResponse
+from ..generation.result import GenerationResponse, GenerationResult
 from ..generation.stream import default_pruner, pipeline_for
 from ..inputs.budget import budget, tokens_for
+from ..inputs.image import open_image
+from ..machine.clock import Timings
 from ..models.adapters import adapters
 from ..models.vlm import VLM
 from ..pruners import AUTO, Pipeline
@@ -46,25 +50,42 @@ def with_method(
     if not request.images:
         return replace(request, pruner="none", keep_ratio=None, keep_tokens=None), None
     prompt = request.prompt if request.caution else None
-    facts = facts_of(model, processor)
-    choice = choose(facts, request.keep_ratio, request.keep_tokens, prompt)
+    facts, opened = facts_of(model, processor), list[Any]()
+
+    def pictures() -> list[Any]:
+        opened[:] = [open_image(source, request.pixel_limit) for source in request.images]
+        return opened
+
+    choice = choose(facts, request.keep_ratio, request.keep_tokens, prompt, pictures)
     if choice.line != before:
         logger.info(choice.line)
+    if opened:  # no file is decoded twice
+        pairs = zip(request.images, opened, strict=True)
+        images = [given if isinstance(given, Image.Image) else image for given, image in pairs]
+        request = replace(request, images=images)
     return replace(request, **choice.options), choice.line
 
 
 def noting(
-    pieces: Iterator[GenerationResponse], line: str | None
+    pieces: Iterator[GenerationResponse], line: str | None, ms: float = 0.0
 ) -> Generator[GenerationResponse, None, None]:
-    """The pieces of an answer; the result in the last one says why its method was chosen."""
+    """The pieces of an answer; the result in the last one says why its method was chosen, and
+    counts the `ms` that it took."""
     try:
         for piece in pieces:
             if line is not None and piece.result:
-                piece = replace(piece, result=replace(piece.result, auto=line))
+                piece = replace(piece, result=noted(piece.result, line, ms))
             yield piece
     finally:
         if isinstance(pieces, Generator):
             pieces.close()
+
+
+def noted(result: GenerationResult, line: str, ms: float) -> GenerationResult:
+    """A result that says why its method was chosen, which took `ms` ahead of all else."""
+    times = result.ttft_ms
+    longer: Timings = {**times, "image": times["image"] + ms, "total": times["total"] + ms}
+    return replace(result, auto=line, ttft_ms=longer)
 
 
 def choose_method(

@@ -5,7 +5,7 @@ from textwrap import fill
 
 from ..checkpoints.command_line import Parser, in_one_sentence, program
 from . import METHODS, PRESETS, Method, register_installed
-from .auto.reasons import CAUTIOUS, PUBLISHED
+from .auto.reasons import CAUTIOUS, DOCUMENT, PUBLISHED
 from .image_budgets import REFERENCE
 from .method import AUTHORS_CODE
 from .own_methods import register_files
@@ -113,9 +113,9 @@ def _print_auto() -> None:
     for line in PUBLISHED:
         print(fill(f"{line.pruner} ({line.models}): {line.why}. Source: {line.source}.", WIDTH))
     print()
-    for subject in CAUTIOUS:
-        words = f"A prompt for {subject.subject} keeps more: {subject.why}. Source: "
-        print(fill(f"{words}{subject.source}.", WIDTH))
+    for subject in (*CAUTIOUS, DOCUMENT):
+        start = f"More stays for {subject.subject}: {subject.why}. Source: {subject.source}."
+        print(fill(start, WIDTH))
 
 
 def _print_columns(rows: Sequence[tuple[str, ...]], indent: str = "") -> None:

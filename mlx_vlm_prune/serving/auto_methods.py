@@ -46,7 +46,8 @@ class AutoMethods:
             return replace(budget, pruner=method), f"auto: {method}: calibrated for budget_ms"
         tokens = LOW_DETAIL_TOKENS if budget.low_detail else budget.keep_tokens
         prompt = chat.request.prompt if self.has_caution and not budget.low_detail else None
-        choice = choose(facts, budget.keep_ratio, tokens, prompt)
+        pictures: Any = chat.request.images  # which are open
+        choice = choose(facts, budget.keep_ratio, tokens, prompt, lambda: pictures)
         if budget.low_detail and choice.pruner != "none":
             return replace(budget, pruner=choice.pruner), choice.line
         return VisualBudget(choice.pruner, choice.keep_ratio, choice.keep_tokens), choice.line

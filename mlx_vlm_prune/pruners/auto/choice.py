@@ -15,7 +15,7 @@ from typing import Any
 from ...inputs.budget import DEFAULT_KEEP_RATIO, check_budget
 from .. import METHODS, PRESETS
 from ..contract import Stage
-from .caution import cautious
+from .caution import Pictures, cautious
 from .evidence import Evidence, evidence_of
 from .measured import FirstToken, first_tokens
 from .reasons import PUBLISHED, Published
@@ -65,9 +65,11 @@ class AutoChoice:
 
 def choose(
     facts: ModelFacts, keep_ratio: float | None, keep_tokens: int | None,
-    prompt: str | None = None, *, is_timed: bool = True, in_tower: bool = False,
+    prompt: str | None = None, pictures: Pictures = tuple, *, is_timed: bool = True,
+    in_tower: bool = False,
 ) -> AutoChoice:  # fmt: skip
-    """The method, and what it keeps, by default half; more where `prompt` asks for what loses most.
+    """The method, and what it keeps, by default half; with a `prompt` more where that asks for what
+    loses most, or one of `pictures` is a document.
 
     With `is_timed` nothing is pruned where that gains no time here. With `in_tower` the method is
     one that shortens the tower, or `none` where no such is worth it. Raises UserError for a budget
@@ -76,7 +78,9 @@ def choose(
     check_budget(keep_ratio, keep_tokens)
     if keep_ratio is None and keep_tokens is None:
         keep_ratio = DEFAULT_KEEP_RATIO
-    more = cautious(prompt, keep_ratio, keep_tokens, facts.N) if prompt else None
+    more = None
+    if prompt is not None:
+        more = cautious(prompt, keep_ratio, keep_tokens, facts.N, pictures)
     if more:
         keep_ratio, keep_tokens = more.keep_ratio, more.keep_tokens
     evidence = evidence_of(facts.folder)

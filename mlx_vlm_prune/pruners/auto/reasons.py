@@ -126,3 +126,10 @@ CAUTIOUS = (
         "UniPruneBench, github.com/TianfanPeng/VLMUniPruneBench",
     ),
 )  # fmt: skip
+# Of a picture, whatever the prompt says: by the ink that docprune counts, see document.py.
+DOCUMENT = Cautious(
+    "a document",
+    (),
+    "on documents FastV loses 2.9 points and VTW 11.6; 36 % of their patches are background",
+    "DocPrune, arXiv:2604.22281",
+)
