@@ -22,7 +22,7 @@ from .generation.photographs import warn_of_photographs
 from .generation.printing import print_figures, print_piece, read_whole
 from .generation.request import GenerateOptions, Request, list_images, pixel_limit
 from .generation.result import GenerationResponse, GenerationResult
-from .hosts.auto import is_auto, noting, with_method
+from .hosts.auto import Why, is_auto, noting, with_method
 from .hosts.conversation import HostConversation
 from .inputs.budget import check_budget
 from .inputs.image import open_image
@@ -72,7 +72,7 @@ class Chat:
             Conversation(model, processor) if is_ours else HostConversation(model, processor)
         )
         self._model, self._processor, self.options = model, processor, GenerateOptions()
-        self._why: str | None = None  # the latest choice of `auto`
+        self._why: Why | None = None  # the latest choice of `auto`
         self.configure(**options)
         self.clear()
 

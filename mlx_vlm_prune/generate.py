@@ -10,7 +10,6 @@ import inspect
 import json
 import logging
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -47,7 +46,7 @@ from .generation.result import GenerationResponse, GenerationResult
 from .generation.speculation import check_num_draft_tokens
 from .generation.stream import default_pruner
 from .hosts import stream as host_stream
-from .hosts.auto import noted, noting, with_method
+from .hosts.auto import Why, noted, noting, with_method
 from .hosts.loading import load
 from .inputs.budget import DEFAULT_KEEP_RATIO, check_budget
 from .inputs.image_sources import ImageSource
@@ -107,11 +106,9 @@ def stream_generate(
     options: Any = {name: value for name, value in locals().items() if name in OPTIONS}
     request = make_request(prompt, image, options)
     check_num_draft_tokens(num_draft_tokens, temperature, isinstance(model, VLM))
-    start = time.perf_counter()
     request, why = with_method(model, processor, request)
-    choice_ms = 1000 * (time.perf_counter() - start)
     loop = stream if isinstance(model, VLM) else host_stream
-    yield from noting(loop.stream_generate(model, processor, request), why, choice_ms)
+    yield from noting(loop.stream_generate(model, processor, request), why)
 
 
 def generate(
@@ -148,16 +145,14 @@ def batch_generate(
     """
     requests = batch.batch_requests(prompts, images, options)
     if isinstance(model, VLM):
-        resolved: list[tuple[Request, str | None]] = []
-        start = time.perf_counter()
+        resolved: list[tuple[Request, Why | None]] = []
         for number, request in enumerate(requests, 1):
             before = resolved[-1][1] if resolved else None
             with batch.naming_prompt(number, len(requests)):
                 resolved.append(with_method(model, processor, request, before))
-        ms = 1000 * (time.perf_counter() - start)
         answers = batch.generate_by_budget(model, processor, [request for request, _ in resolved])
         pairs = zip(answers, resolved, strict=True)
-        return [noted(answer, why, ms) if why else answer for answer, (_, why) in pairs]
+        return [noted(answer, why) for answer, (_, why) in pairs]
     results = []
     for number, request in enumerate(requests, 1):
         with batch.naming_prompt(number, len(requests)):
@@ -190,9 +185,7 @@ def run(args: argparse.Namespace) -> None:
     _check_has_pruner(args, args.pruner or default_pruner(model))
     options = decoding_options(args)
     options |= {"image": args.image, "num_draft_tokens": args.num_draft_tokens}
-    start = time.perf_counter()
     budget, choice, why = budget_of(args, model, processor, prompt, limits)
-    choice_ms = 0.0 if limits else 1000 * (time.perf_counter() - start)
     if choice and not choice.reason and args.verbose:
         print(choice)
     compares = args.compare and budget["pruner"] != "none"
@@ -204,9 +197,7 @@ def run(args: argparse.Namespace) -> None:
         name: _answer(args, model, processor, prompt, way, name) for name, way in ways.items()
     }
     *_, last = answers
-    answer = answers[last]
-    if why:
-        answer = answers[last] = noted(answer, why, choice_ms)
+    answer = answers[last] = noted(answers[last], why)
     comparison = None
     if choice and args.verbose:
         print(choice.outcome(answer))

@@ -11,7 +11,7 @@ from mlx_vlm_prune.evaluate import main as evaluate
 from mlx_vlm_prune.explore import main as explore
 from mlx_vlm_prune.generate import main as generate_main
 from mlx_vlm_prune.hosts import auto
-from mlx_vlm_prune.hosts.auto import noted
+from mlx_vlm_prune.hosts.auto import Why, noted
 from mlx_vlm_prune.planning import auto_budgets, command_budget
 from mlx_vlm_prune.planning.auto_budgets import choose_within
 from mlx_vlm_prune.planning.budgets import Budget, BudgetChoice
@@ -54,7 +54,7 @@ def test_in_python_an_answer_is_that_of_the_chosen_method_and_says_why(scenes):
 
 def test_the_time_that_choosing_takes_is_counted(scenes):
     answer = generate(*scenes, COLOUR, SCENES[0], max_tokens=1)
-    later = noted(answer, "auto: why", 5.0)
+    later = noted(answer, Why("auto: why", 5.0))
     assert later.auto == "auto: why"
     for part, ms in answer.ttft_ms.items():
         assert later.ttft_ms[part] == ms + 5.0 * (part in ("image", "total"))

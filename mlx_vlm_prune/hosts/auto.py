@@ -1,8 +1,9 @@
 """`auto` for a loaded model, ours or mlx-vlm's, and for a folder of mlx-vlm's."""
 
 import logging
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ logger = logging.getLogger("mlx_vlm_prune")
 WITH_CLIP = ("llava", "llava_next")  # families whose tower is CLIP or another
 
 
+@dataclass(frozen=True)
+class Why:
+    """The line that says why a method was chosen, and the milliseconds that choosing took."""
+
+    line: str
+    ms: float
+
+
 def is_auto(model: Any, request: Request) -> bool:
     """Is a method to be chosen: by name, or since there is a budget and no method?"""
     if request.pruner is not None:
@@ -38,10 +47,10 @@ def is_auto(model: Any, request: Request) -> bool:
 
 
 def with_method(
-    model: Any, processor: Any, request: Request, before: str | None = None
-) -> tuple[Request, str | None]:
-    """The request with a method in place of `auto`, and the line that says why; as it is where it
-    names a method or has no budget. The line is logged unless it is the one `before`.
+    model: Any, processor: Any, request: Request, before: Why | None = None
+) -> tuple[Request, Why | None]:
+    """The request with a method in place of `auto`, and why that one; as it is where it names a
+    method or has no budget. The line is logged unless it is the one `before`.
 
     Raises UserError.
     """
@@ -50,42 +59,45 @@ def with_method(
     if not request.images:
         return replace(request, pruner="none", keep_ratio=None, keep_tokens=None), None
     prompt = request.prompt if request.caution else None
-    facts, opened = facts_of(model, processor), list[Any]()
+    start, facts, opened = time.perf_counter(), facts_of(model, processor), list[Any]()
 
     def pictures() -> list[Any]:
         opened[:] = [open_image(source, request.pixel_limit) for source in request.images]
         return opened
 
     choice = choose(facts, request.keep_ratio, request.keep_tokens, prompt, pictures)
-    if choice.line != before:
+    if not before or choice.line != before.line:
         logger.info(choice.line)
     if opened:  # no file is decoded twice
         pairs = zip(request.images, opened, strict=True)
         images = [given if isinstance(given, Image.Image) else image for given, image in pairs]
         request = replace(request, images=images)
-    return replace(request, **choice.options), choice.line
+    ms = 1000 * (time.perf_counter() - start)
+    return replace(request, **choice.options), Why(choice.line, ms)
 
 
 def noting(
-    pieces: Iterator[GenerationResponse], line: str | None, ms: float = 0.0
+    pieces: Iterator[GenerationResponse], why: Why | None
 ) -> Generator[GenerationResponse, None, None]:
-    """The pieces of an answer; the result in the last one says why its method was chosen, and
-    counts the `ms` that it took."""
+    """The pieces of an answer, the last of them with a result as of `noted`."""
     try:
         for piece in pieces:
-            if line is not None and piece.result:
-                piece = replace(piece, result=noted(piece.result, line, ms))
+            if why and piece.result:
+                piece = replace(piece, result=noted(piece.result, why))
             yield piece
     finally:
         if isinstance(pieces, Generator):
             pieces.close()
 
 
-def noted(result: GenerationResult, line: str, ms: float) -> GenerationResult:
-    """A result that says why its method was chosen, which took `ms` ahead of all else."""
-    times = result.ttft_ms
+def noted(result: GenerationResult, why: Why | None) -> GenerationResult:
+    """A result that says why its method was chosen, and counts the time of that as a part of what
+    is done before the tower; as it is without."""
+    if why is None:
+        return result
+    times, ms = result.ttft_ms, why.ms
     longer: Timings = {**times, "image": times["image"] + ms, "total": times["total"] + ms}
-    return replace(result, auto=line, ttft_ms=longer)
+    return replace(result, auto=why.line, ttft_ms=longer)
 
 
 def choose_method(

@@ -10,7 +10,7 @@ from ..checkpoints.errors import UserError
 from ..generation.arguments import decoding_options
 from ..generation.request import make_request, pixel_limit
 from ..generation.stream import default_pruner
-from ..hosts.auto import is_auto, with_method
+from ..hosts.auto import Why, is_auto, with_method
 from ..models.vlm import VLM
 from ..pruners import AUTO
 from . import host_budgets
@@ -42,7 +42,7 @@ def limits_of(args: argparse.Namespace) -> Budget | None:
 
 def budget_of(
     args: argparse.Namespace, model: Any, processor: Any, prompt: str, limits: Budget | None
-) -> tuple[dict[str, Any], BudgetChoice | None, str | None]:
+) -> tuple[dict[str, Any], BudgetChoice | None, Why | None]:
     """The method and what it keeps, as options of `generate`; the choice of K for `limits`; and why
     `auto` chose the method. Raises UserError."""
     options = {name: getattr(args, name) for name in NAMES}
@@ -55,7 +55,8 @@ def budget_of(
         request = replace(request, pruner=AUTO)
     within = partial(_keep_within, args, model, processor, prompt, limits)
     if is_auto(model, request):
-        choice, why = choose_within(model, processor, within)
+        choice, line = choose_within(model, processor, within)
+        why = Why(line, 0.0)  # what calibrations take is no part of an answer
     else:
         choice = within(pruner)
     if choice.reason:
