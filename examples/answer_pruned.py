@@ -16,8 +16,8 @@ def main(image=None, question="What does the sign say?", model_name=None):
     model, processor = load(model_name)  # None is the built-in model
     image = image or compose(seed=1_000_000_007).image()
     full = generate(model, processor, question, image)
-    how = {"pruner": "divprune+restore", "keep_ratio": 0.25}  # without a pruner it is `auto`
-    pruned = generate(model, processor, question, image, **how)
+    options = {"pruner": "divprune+restore", "keep_ratio": 0.25}  # without a pruner it is `auto`
+    pruned = generate(model, processor, question, image, **options)
     for name, answer in (("full", full), ("pruned", pruned)):
         print(
             f"{name}: {answer.text!r} from {answer.visual_tokens_kept:g} of {answer.visual_tokens}"
