@@ -56,10 +56,12 @@ def prefill_through_cuts(
     decoded = decoder(spliced)
     caches = [with_repeated_rows(cache) for cache in decoder.cache]
     nbytes = prompt_cache_bytes(caches, prompt.length)  # before the last rows leave
+    first, stored = decoder.cache[0], caches[0]
+    repeated = 0 if stored is first else stored.offset - first.offset
     position = _next_position(prompt, policy)
     return replace(
         prompt,
-        arguments=_last_row_arguments(prompt, decoded.spliced, language),
+        arguments=_last_row_arguments(prompt, decoded.spliced, language, repeated),
         cache_bytes=nbytes,
         cache=[_without_last_row(language, cache, position) for cache in caches],
         trace=prompt.trace.after_cuts(step.name, decoded.reductions),
@@ -135,16 +137,17 @@ def _without_last_row(language: LanguageLayers, cache: Any, position: int) -> An
 
 
 def _last_row_arguments(
-    prompt: PrunedPrompt, spliced: Spliced, language: LanguageLayers
+    prompt: PrunedPrompt, spliced: Spliced, language: LanguageLayers, repeated: int
 ) -> dict[str, Any]:
-    """mlx-vlm's arguments for the prompt's last row."""
+    """mlx-vlm's arguments for the prompt's last row; the first layer's cache, by which positions
+    are counted, has so many `repeated` rows."""
     arguments = {
         "input_ids": prompt.arguments["input_ids"][:, -1:],
         "mask": mx.ones((1, 1), mx.int32),
     }
     if language.axes == 3:
         arguments["position_ids"] = spliced.positions_BL[:, -1:].transpose(2, 0, 1)
-        arguments["rope_deltas"] = spliced.next_B1 - prompt.length
+        arguments["rope_deltas"] = spliced.next_B1 - prompt.length - repeated
     return arguments
 
 

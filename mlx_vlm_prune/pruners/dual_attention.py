@@ -15,7 +15,7 @@ read from a cache; those caches are larger by what they hold of tokens that left
 As the authors' code (github.com/liuting20/MustDrop@909afa5), `dual_attention_filter` and its key
 set. Differs: K decides the thresholds, the same share staying at each layer, theirs are given,
 0.001 and 0.001 for 192 of LLaVA's tokens; of key tokens beyond K those with the least CLS attention
-leave; the third stage; any batch.
+leave; the caches keep what left later on, as said above; any batch.
 
 Options:
     key: share of the tokens that enter the language model that never leave, 0 to 1
