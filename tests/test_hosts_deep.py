@@ -35,10 +35,7 @@ pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 DEEP = ["llava", *QWEN, "gemma3", "idefics3", "internvl_chat"]
 WHOLE = [name for name in DEEP if set(KINDS[name].tiles) == {1}]  # images are one view each
-INSIDE = [
-    "fastv", "pyramiddrop", "dart", "v2drop", "vtw", "sparsevlm:recycle=0", "dual_attention",
-    "ivc_prune",
-]  # fmt: skip
+INSIDE = "fastv pyramiddrop dart v2drop vtw sparsevlm:recycle=0 dual_attention ivc_prune".split()
 SECTIONS = {"qwen2_vl": [2, 3, 3], "qwen2_5_vl": [2, 3, 3], "qwen3_vl": [4, 2, 2]}
 
 
