@@ -34,7 +34,7 @@ SIGNATURES = {
     " pruner, positions, ttft_ms, layers=<factory>, cache_bytes=0, trace=None, views=(),"
     " drafted=None, accepted=None, rows_reused=0, images=<factory>, layouts=(), auto=None)",
     "Pruner": "(name, method, options=<factory>, weights=None, keep=None, defaults=<factory>,"
-    " enhancer=None)",
+    " enhancer=None, reference=None)",
     "Reduction": "(index_BK=None, weight_BKN=None, value_BND=None, slot_BN=None, share_BN=None,"
     " place_BK=None, is_finite=None, score_BN=None)",
     "Signals": "(x_BND, grid, has_cls=True, **others)",

@@ -26,7 +26,10 @@ TURNS = [("how many stars ?", "a.png"), ("is it red ?", None), ("the sign ?", "b
 CHAINS = ["visionzip+divprune", "cls_attention+restore", "tome+cdpruner", "norm+fastv", "none"]
 CHAINS += ["norm+ivc"]
 SPECS = [n for n in METHODS if n not in ("none", "restore", "ivc", "attention_pool")] + CHAINS
-CASES = [("tiny", spec) for spec in (*SPECS, "mlp:dynamic", "cdpruner renumbered")]
+CASES = [
+    ("tiny", spec)
+    for spec in (*SPECS, "mlp:dynamic", "divprune:budget=similarity", "cdpruner renumbered")
+]
 CASES += [("llava", spec) for spec in ("cdpruner", "mmtok", "visionzip", "fastv", "none")]
 CASES += [("qwen3", spec) for spec in ("cdpruner", "fastv")] + [("mamba", "cdpruner")]
 
