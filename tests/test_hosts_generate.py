@@ -50,10 +50,11 @@ def test_what_is_not_pruned_is_computed_and_timed_in_one_go_as_mlx_vlm_has_it(ho
     assert f"vision and prefill {together:.1f})" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("pruner", ["vispruner", "tome"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_one_command_prunes_and_tells_every_figure(home, name, capsys):
+def test_one_command_prunes_and_tells_every_figure(home, name, pruner, capsys):
     file, picture = home / "figures.json", home / "kept.png"
-    budget = ["--pruner", "vispruner", "--keep-ratio", "0.25", "--prefill-step-size", "4"]
+    budget = ["--pruner", pruner, "--keep-ratio", "0.25", "--prefill-step-size", "4"]
     main(command(home, name, *budget, "--json", str(file), "--overlay", str(picture)))
     shown, figures = capsys.readouterr(), json.loads(file.read_text())
     sizes = [16, 16] if name == "llava" else [9, 8]

@@ -141,10 +141,13 @@ def test_mlx_vlms_models_are_asked_in_turns_and_with_every_option(kind, loaded):
             for seed in (5, 5, 6)
         ]
         assert sampled[0] == sampled[1] != sampled[2]
+        content = server.chat(first, pruner="tome", keep_ratio=0.25, max_tokens=4)
         assert "fastv works between" in server.refusal(first, pruner="fastv", keep_ratio=0.5)[1]
     assert type(model.language_model) is base
-    one = generate(model, processor, "w7 w9", PICTURES[0], max_tokens=3)
-    assert one.text
+    inside = {"pruner": "tome", "keep_ratio": 0.25, "max_tokens": 4}
+    one = generate(model, processor, "w7 w9", PICTURES[0], **inside)
+    assert content["usage"]["visual_tokens_kept"] == one.visual_tokens_kept
+    assert text_of(content) == one.text
 
 
 def test_the_tower_of_mlx_vlms_models_runs_once_for_the_pictures_of_a_conversation(
