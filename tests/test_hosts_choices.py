@@ -15,7 +15,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.prefill import prefill_through_cuts
-from mlx_vlm_prune.hosts.prompt import budgets_by_view, encode_images_and_text, prune_prompt
+from mlx_vlm_prune.hosts.prompt import ImageBudget, encode_images_and_text, prune_prompt
 from mlx_vlm_prune.machine.clock import end_part, request_clock
 from mlx_vlm_prune.pruners import METHODS, Stage, plan
 
@@ -45,8 +45,9 @@ def first_logits(model: Any, name: str, spec: str) -> mx.array:
 
     host, pipeline, inputs = host_of(model), plan(spec), KINDS[name].inputs(model, several(name))
     policy = check_pipeline(host, pipeline, None)
-    views = encode_images_and_text(host, inputs, pipeline)
-    budgets = budgets_by_view(views, 0.5, None, pipeline)
+    by_view = ImageBudget(keep_ratio=0.5).by_view(pipeline)
+    views = encode_images_and_text(host, inputs, pipeline, by_view)
+    budgets = by_view(views)
     prompt = prune_prompt(host, inputs, views, pipeline, budgets, policy)
     prompt = prefill_through_cuts(host, prompt, pipeline, budgets, policy)
     cache, more = prompt.cache or make_prompt_cache(host.language), dict(prompt.arguments)
@@ -101,6 +102,13 @@ def test_no_family_returns_to_the_host_before_the_first_logits(models, name):
         pytest.skip(PIXTRAL)
     model = models(name)
     trace(model, lambda: first_logits(model, name, "divprune"))
+
+
+@pytest.mark.parametrize("spec", ["kq_norm", "tome", "ipcv+divprune"])
+@pytest.mark.parametrize("name", ["llava", "idefics3", "qwen2_5_vl", "qwen3_vl"])
+def test_no_method_inside_a_tower_returns_to_the_host_either(models, name, spec):
+    model = models(name)
+    trace(model, lambda: first_logits(model, name, spec))
 
 
 @pytest.mark.parametrize("size", [5, 2048])
