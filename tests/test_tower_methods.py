@@ -18,12 +18,13 @@ import torch_ref.pruners as ref
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generation.conversation import Conversation
 from mlx_vlm_prune.models.towers.pixels import patch_greys
-from mlx_vlm_prune.pruners import Signals, plan, resolve
+from mlx_vlm_prune.pruners import Reduction, Signals, plan, resolve, rows
 from mlx_vlm_prune.pruners.docprune import LEVEL, commonest
+from mlx_vlm_prune.pruners.ipcv import nearest_kept
 from torch_ref.models.towers.signals import greys
 
 from . import tiny
-from .pruner_cases import close, reference_signals, signals
+from .pruner_cases import case, close, reference_signals, signals
 from .test_authors import inputs
 from .test_model import K, pair
 from .test_model import (
@@ -254,3 +255,20 @@ def test_a_chat_encodes_anew_where_tokens_come_back_or_stay_away(pair):
         held.model = pair.ours
         encodings.add(held.encoding(pipeline, pipeline.budgets(16, 5)))
     assert len(encodings) == 3
+
+
+def test_neighbours_are_found_without_an_array_of_all_pairs(monkeypatch):
+    """The peak while 1,600 tokens get their neighbours, 20 MB for all pairs, is far below that; and
+    blocks find what the whole matrix does."""
+    kept = Reduction(mx.arange(0, 1600, 2)[None])
+    tokens = signals(case("random", 1, (40, 40), 0))
+    mx.eval(list(tokens.arrays.values()))
+    whole = nearest_kept(tokens.x_BND, kept.index_BK, 10).tolist()
+    monkeypatch.setattr(rows, "MOST_HELD", 0)
+    monkeypatch.setattr(rows, "BLOCK", 16)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    near = nearest_kept(tokens.x_BND, kept.index_BK, 10)
+    mx.eval(near)
+    assert mx.get_peak_memory() - before < 12e6
+    assert near.tolist() == whole
