@@ -124,7 +124,7 @@ def test_a_question_is_answered_twice_and_the_slider_answers_it_anew(tab, scene,
     wait_for_figures(tab, "pruned", "98 of 196 visual tokens (50%); ")
     image = Image.open(scene)
     for name, options in (
-        ("full", {}), ("pruned", {"pruner": "divprune", "keep_ratio": 0.5}),
+        ("full", {}), ("pruned", {"keep_ratio": 0.5, "caution": False}),
     ):  # fmt: skip
         result = generate(*model, QUESTION, image, **options)
         assert answers(tab, name) == [f"{QUESTION}\n(with 1 picture)", result.text]
@@ -132,7 +132,7 @@ def test_a_question_is_answered_twice_and_the_slider_answers_it_anew(tab, scene,
     before = tab.page.locator("#pruned-picture img").get_attribute("src")
     tab.page.locator("#percent input[type=range]").fill("25")
     wait_for_figures(tab, "pruned", "49 of 196 visual tokens (25%); ")
-    result = generate(*model, QUESTION, image, pruner="divprune", keep_ratio=0.25)
+    result = generate(*model, QUESTION, image, keep_ratio=0.25, caution=False)
     assert answers(tab, "pruned")[-1] == result.text
     assert tab.page.locator("#pruned-picture img").get_attribute("src") != before
 
@@ -168,7 +168,7 @@ def test_two_tabs_at_once_get_what_each_gets_alone(browser, site, scene, model):
         write(tab, question, scene)
     for tab, question in zip(tabs, (QUESTION, OTHER), strict=True):
         wait_for_figures(tab, "full", "196 of 196")
-        result = generate(*model, question, Image.open(scene), pruner="divprune", keep_ratio=0.5)
+        result = generate(*model, question, Image.open(scene), keep_ratio=0.5, caution=False)
         assert answers(tab, "pruned") == [f"{question}\n(with 1 picture)", result.text]
         tab.close()
         assert tab.faults == []
@@ -307,7 +307,9 @@ def test_a_signal_ends_it_and_no_file_is_left(browser, scene, tmp_path, sign, co
     write(tab, QUESTION, scene)
     wait_for_figures(tab, "full", "196 of 196")
     assert [*site.temporary.iterdir()]
-    assert site.end(sign) == (code, "", "")
+    ended, out, err = site.end(sign)
+    assert (ended, out) == (code, "")
+    assert all(line.startswith("note: auto: ") for line in err.splitlines())  # no fault
     left = {path.name for path in site.temporary.iterdir()}
     assert left <= {"mlx"}  # MLX's own, of what it compiled for this CPU
     assert not [*site.desk.iterdir()]

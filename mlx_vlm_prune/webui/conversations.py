@@ -79,7 +79,8 @@ class Conversation:
 
     def __post_init__(self) -> None:
         self.full = self.opened.new_chat(pruner="none", max_tokens=self.max_tokens)
-        self.pruned = self.opened.new_chat(max_tokens=self.max_tokens)
+        # What the slider shows is kept, whatever the question.
+        self.pruned = self.opened.new_chat(max_tokens=self.max_tokens, caution=False)
         self.question, self.number, self.note = "", 0, ""
         self.text = {"full": "", "pruned": ""}
         self._busy, self._is_stopped = Lock(), False
@@ -199,8 +200,7 @@ class Conversation:
         """What is to be said of the latest answers beside their figures."""
         is_scenes = getattr(self.opened.processor, "is_scenes", False)
         is_photograph = any(image.size != (SIZE, SIZE) for image in self.pruned.images)
-        why = self.pruned.result.auto if self.pruned.result else None
-        notes = [self.note, why, SCENES_ONLY if is_scenes and is_photograph else ""]
+        notes = [self.note, SCENES_ONLY if is_scenes and is_photograph else ""]
         return "; ".join(filter(None, notes))
 
 
@@ -230,7 +230,7 @@ def figures_line(result: GenerationResult | None) -> str:
         parts.insert(0, kept)
     times = f"first token {result.ttft_ms['total']:.1f} ms ({times_by_part(result.ttft_ms)})"
     memory = f"cache {result.cache_bytes / 1e6:.2f} MB, peak memory {result.peak_memory:.3f} GB"
-    return "; ".join([*parts, times, memory])
+    return "; ".join([*parts, times, memory, *filter(None, [result.auto])])
 
 
 def overlay_of(result: GenerationResult | None) -> Image.Image | None:

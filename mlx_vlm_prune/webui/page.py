@@ -37,10 +37,7 @@ SHARE, MILLISECONDS = "share of the tokens", "milliseconds"
 DEFAULT_PERCENT, DEFAULT_MS = 50, 300
 EXAMPLES = 3
 CLIENTS = 16  # whose answers are written at once
-AUTO_EXPLAINED = (
-    "Choose the method by what is known of the model, and keep more for questions that ask for"
-    " reading, counting or places."
-)
+AUTO_EXPLAINED = "Choose the method by what is known of the model, and say why beside the figures."
 NAMES = {"full": "All visual tokens", "pruned": "Pruned"}
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
 
