@@ -308,7 +308,7 @@ def test_a_signal_ends_it_and_no_file_is_left(browser, scene, tmp_path, sign, co
     wait_for_figures(tab, "full", "196 of 196")
     assert [*site.temporary.iterdir()]
     ended, out, err = site.end(sign)
-    assert (ended, out) == (code, "")
+    assert (ended, out) == (code, ""), err
     assert all(line.startswith("note: auto: ") for line in err.splitlines())  # no fault
     left = {path.name for path in site.temporary.iterdir()}
     assert left <= {"mlx"}  # MLX's own, of what it compiled for this CPU
