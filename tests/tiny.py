@@ -56,14 +56,20 @@ def taught(model: VLM, noise: float = 0.1) -> VLM:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         scorers = {
-            n: METHODS[n].make_weights(VISION.hidden_size, 1)
-            for n in ("score_prune", "mlp", "learn_prune")
+            n: METHODS[n].make_weights(VISION.hidden_size, 1) for n in ("score_prune", "mlp")
         }
         model.learned = {**scorers, "twig": grown(model.language, 1, 2)}
         for weights in model.learned.values():
-            for parameter in weights.eval().parameters():
-                parameter.data += noise * torch.randn_like(parameter)
+            _disturb(weights, noise)
+        # Behind the others, whose goldens were recorded without it.
+        model.learned["learn_prune"] = METHODS["learn_prune"].make_weights(VISION.hidden_size, 1)
+        _disturb(model.learned["learn_prune"], noise)
     return model
+
+
+def _disturb(weights: torch.nn.Module, noise: float) -> None:
+    for parameter in weights.eval().parameters():
+        parameter.data += noise * torch.randn_like(parameter)
 
 
 def publish(model: VLM, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
