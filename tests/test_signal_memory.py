@@ -9,6 +9,7 @@ Shapes: N tokens, S with CLS, H heads, d head size, L rows.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +38,7 @@ CONFIG = MiniMindConfig(
 )
 IN_TOWER = sorted(
     {name for m in METHODS.values() if m.stage < Stage.DECODER for name in m.needs}
-    - {"grid", "text", "pixels", "patches", "sensitivity"}
+    - {"grid", "text", "pixels", "grey", "patches", "features", "sensitivity"}
 )
 IN_DECODER = sorted({n for m in METHODS.values() if m.stage == Stage.DECODER for n in m.needs})
 
@@ -57,12 +58,17 @@ def tower(name: str, has_cls: bool, windows: int = 1) -> int:
     x_1ND = mx.zeros((1, N, 1))
     within = None if windows == 1 else mx.split(mx.arange(N), windows)
     mx.eval(q_1HSd, k_1HSd, x_1ND)
-    layer = tower_signals.TowerPass(Signals(x_1ND, GRID), {name: 0}, 1, (), has_cls)
+    want = {name: 0, "values": 0} if name == "cls_value" else {name: 0}  # which brings both
+    layer = tower_signals.TowerPass(Signals(x_1ND, GRID), want, 1, (), has_cls)
+
+    received = within and partial(tower_signals.received_attention_in_windows, within)
 
     def read() -> None:
-        keys = layer.read(0, q_1HSd, k_1HSd, within, q_1HSd)
+        keys = layer.read(0, q_1HSd, k_1HSd, received, v_BHSd=q_1HSd)
         seen = vars(layer.signals) | keys
-        mx.eval([value for key, value in seen.items() if key.startswith(f"{name}_B")])
+        computed = [value for key, value in seen.items() if key.startswith(f"{name}_B")]
+        assert computed, name
+        mx.eval(computed)
 
     return peak(read)
 
