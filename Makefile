@@ -102,7 +102,7 @@ $(VENV)/.demo-ready: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.report-ready: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) -e '.[mlx-lm]' pytest pytest-timeout hypothesis
+	$(PIP) -e '.[mlx-lm]' torch pytest pytest-timeout hypothesis
 	touch $@ $(VENV)/.demo-ready
 
 $(VENV)/.test-ready: $(BIN)/python pyproject.toml constraints.txt

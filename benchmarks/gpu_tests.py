@@ -1,8 +1,8 @@
 """Run the tests whose answers a GPU could change: `python -m benchmarks.gpu_tests`.
 
-`make test-metal` is the same. They compute on MLX's default device, with no network and without
-PyTorch, and compare with numpy, with recorded answers, or with the same in blocks. On a machine
-without a GPU nothing is run.
+`make test-metal` is the same. They compute on MLX's default device, without the network, and
+compare with numpy, with recorded answers, or with the same in blocks. PyTorch makes their tiny
+models, on the CPU. On a machine without a GPU nothing is run.
 """
 
 import argparse
@@ -30,6 +30,7 @@ TESTS = [
     )
 ]  # fmt: skip  # what tells most comes first
 SECONDS = 240
+NEEDS = ("torch", "pytest", "pytest-timeout", "hypothesis")
 
 
 def run_tests(seconds: int, tests: Sequence[str] = TESTS) -> dict[str, Any]:
@@ -41,17 +42,18 @@ def run_tests(seconds: int, tests: Sequence[str] = TESTS) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ["-p", "no:cacheprovider", "--session-timeout", str(seconds)]
-        command = [sys.executable, "-m", "pytest", *options, f"--junit-xml={report}", *tests]
+        options += ["--continue-on-collection-errors", f"--junit-xml={report}"]
+        command = [sys.executable, "-m", "pytest", *options, *tests]
         code = subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode
         if not report.is_file():
-            raise UserError("the tests cannot be run: pip install pytest pytest-timeout hypothesis")
+            raise UserError(f"the tests cannot be run: pip install {' '.join(NEEDS)}")
         cases = list(ElementTree.parse(report).iter("testcase"))
     failed = [case for case in cases if case.find("failure") is not None or _is_broken(case)]
     skipped = [case for case in cases if case.find("skipped") is not None]
     return {
         "passed": len(cases) - len(failed) - len(skipped), "skipped": len(skipped),
         "failed": [f"{case.get('classname')}::{case.get('name')}" for case in failed],
-        "is_whole": code in (0, 1) and time.monotonic() - begin < seconds,
+        "is_whole": code in (0, 1) and time.monotonic() - begin < seconds, "exit_code": code,
         "seconds": round(time.monotonic() - begin, 1),
     }  # fmt: skip
 
@@ -74,7 +76,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def sentence(outcome: dict[str, Any]) -> str:
     """The outcome in words."""
     counts = f"{outcome['passed']} passed, {outcome['skipped']} skipped"
-    end = "" if outcome["is_whole"] else "; time was over before the last"
+    code = outcome.get("exit_code", 1)  # of pytest; 0 and 1 when it came to its end
+    why = "time was over" if code in (0, 1) else f"pytest ended with code {code}"
+    end = "" if outcome["is_whole"] else f"; {why} before the last"
     return f"Tests on the GPU: {counts}, {len(outcome['failed'])} failed{end}."
 
 
