@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence
 from mlx_vlm_prune.checkpoints.reading.files import write_atomically
@@ -51,20 +52,38 @@ def run(args: argparse.Namespace) -> None:
 
 
 def origin() -> str | None:
-    """The address that the clone came from."""
-    command = ["git", "remote", "get-url", "origin"]
+    """The address that the clone came from; where that is a fork, its remote `upstream`."""
+    for remote in ("upstream", "origin"):
+        command = ["git", "remote", "get-url", remote]
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        except OSError:
+            return None
+        if address := done.stdout.strip():
+            return address
+    return None
+
+
+def web_page(address: str) -> str | None:
+    """The page of the repository at an address of git's; None where that is a folder, say.
+
+    Nothing of who logs in is left: people paste the page into issues.
+    """
+    url = re.sub(r"^(?:[^@/]+@)?([\w.-]+):(?!//)", r"ssh://\1/", address)  # git@host:owner/name
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    except OSError:
+        parts = urlsplit(url)
+        port = f":{parts.port}" if parts.port and parts.scheme == "https" else ""
+    except ValueError:
         return None
-    return done.stdout.strip() or None
+    if parts.scheme not in ("https", "ssh") or "." not in (parts.hostname or ""):
+        return None
+    return f"https://{parts.hostname}{port}/{parts.path.strip('/').removesuffix('.git')}"
 
 
 def where_to_send(file: Path, address: str | None) -> str:
     """What to do with the result, for the page of the repository at an address, if it has one."""
-    web = re.sub(r"^(?:git@|ssh://git@)([\w.-]+)[:/]", r"https://\1/", address or "")
-    web = web.removesuffix("/").removesuffix(".git")
-    if not web.startswith("https://"):
+    web = web_page(address or "")
+    if web is None:
         where = "the project that this clone came from, in an issue or a pull request"
     else:
         where = f"{web}/issues/new?template={TEMPLATE}"
