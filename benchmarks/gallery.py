@@ -1,8 +1,8 @@
 """Write docs/pruners.md and docs/gallery.html, on every method: `python -m benchmarks.gallery`.
 
 Texts come from each method's file, figures from benchmarks/results, pictures from the built-in
-model: `--draw` draws them anew, of three scenes and of the given photographs, and `--explore` asks
-anew what the gallery shows. Nothing on the pages is written by hand.
+model: `--draw` draws them anew, of three scenes and of two photographs, and `--explore` asks anew
+what the gallery shows. Nothing on the pages is written by hand.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from mlx_vlm_prune.generate import generate
 from mlx_vlm_prune.generation.overlay import join_images, overlay
 from mlx_vlm_prune.hosts.loading import load
 from mlx_vlm_prune.inputs.image import open_image
-from mlx_vlm_prune.pruners import METHODS, Method, Stage
+from mlx_vlm_prune.pruners import METHODS, Method
 from mlx_vlm_prune.pruners.listing import options
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, compose
 
@@ -85,20 +85,20 @@ def accuracy_table(rows: dict[int, dict]) -> str:
     return markdown(["tokens", *KINDS, "mean"], "r" * (len(KINDS) + 2), lines)
 
 
-def draw(photographs: list[Path]) -> None:
-    """Draw a strip of five pictures for every method."""
+def draw(photographs: Sequence[Path]) -> None:
+    """Draw a strip of five pictures for every method that the built-in model can have."""
     model, processor = load()
     images = _images(photographs)
     PICTURES.mkdir(exist_ok=True)
-    for name, method in METHODS.items():
-        if method.stage is Stage.ENHANCER or name in ("none", "attention_pool"):
+    for name in gallery_page.usable_methods(model):
+        if name in ("none", "attention_pool"):
             continue  # nothing is selected, or its slots have no place in the image
         tiles = [_tile(model, processor, image, name) for image in images]
         with atomic_path(PICTURES / f"{name}.jpg", replace=True) as temporary:
             join_images(tiles).save(temporary, format="JPEG", quality=82, optimize=True)
 
 
-def _images(photographs: list[Path]) -> list[Image.Image]:
+def _images(photographs: Sequence[Path]) -> list[Image.Image]:
     """The scenes, and the photographs."""
     return [compose(seed).image() for seed in SEEDS] + [open_image(p) for p in photographs]
 
@@ -129,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument(
         "--draw",
         type=Path,
-        nargs="*",
+        nargs=2,
         metavar="PHOTO",
-        help="also draw the pictures, of these photographs too",
+        help="also draw the pictures, of these two photographs too",
     )
     p.add_argument(
         "--explore",

@@ -35,13 +35,8 @@ def gallery(
     model: Any, processor: Any, question: str, images: Sequence[Image.Image], photographs: list[str]
 ) -> Exploration:
     """Every method at every budget that it can keep, each picture asked about by itself."""
-    chosen = [
-        method.name
-        for method in METHODS.values()
-        if method.stage is not Stage.ENHANCER
-        and (not method.learned or method.name in model.learned)
-    ]
-    cases = [("none", model.N), *((n, K) for n in chosen if n != "none" for K in BUDGETS)]
+    names = usable_methods(model)
+    cases = [("none", model.N), *((n, K) for n in names if n != "none" for K in BUDGETS)]
     answers, refused = [], []
     for name, K in tqdm(cases, "answers", file=sys.stderr, leave=False):
         try:
@@ -58,6 +53,15 @@ def gallery(
         answers.append(ExploredAnswer(joined(results), budget))
     command = " ".join([COMMAND, *photographs])
     return Exploration(answers, question, NAME, command, refused, timing="")
+
+
+def usable_methods(model: Any) -> list[str]:
+    """The methods that a model can have alone: no enhancers, and none that lacks its weights."""
+    return [
+        name
+        for name, method in METHODS.items()
+        if method.stage is not Stage.ENHANCER and (not method.learned or name in model.learned)
+    ]
 
 
 def joined(results: Sequence[GenerationResult]) -> GenerationResult:
