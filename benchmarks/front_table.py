@@ -10,6 +10,7 @@ from mlx_vlm_prune.machine.timing import times_text
 from mlx_vlm_prune.pruners.auto.choice import ModelFacts, by_evidence
 from mlx_vlm_prune.pruners.auto.evidence import Evidence
 
+from .model_shapes import SHAPES
 from .readme_tables import markdown, read
 
 BUDGETS = (49, 22)  # of 196 visual tokens
@@ -19,6 +20,7 @@ NAMES = {
     "random": "`random`",
     "downsample": "`downsample`: a smaller picture",
 }
+GPU_RESULT = "device-h200"  # of benchmarks/results: the one of docs/devices.md that is shown
 Rows = dict[str, dict[int, dict[str, Any]]]  # by pruner and budget
 
 
@@ -104,25 +106,33 @@ def _measurement(accuracy: dict[str, Any], speed: dict[str, Any]) -> str:
 
 
 def _gpu_sentences(results: Path) -> list[str]:
-    """For each measured GPU, the clear gains at a quarter of the tokens."""
-    measured = [read_json(file) for file in sorted(results.glob("device-*.json"))]
-    return [_gpu_sentence(each) for each in measured if each["machine"]["device"] == "gpu"]
-
-
-def _gpu_sentence(result: dict[str, Any]) -> str:
+    """The clear gains on one GPU at a quarter of the tokens, in its largest measured shape."""
+    file = results / f"{GPU_RESULT}.json"
+    result = read_json(file) if file.is_file() else {"rows": []}
     rows = [row for row in result["rows"] if row["budget"] * 4 == row["tokens"]]
-    gains = {
-        row["pruner"]: row["gain"]["total"]["realised"]
-        for row in rows
-        if row["tokens"] == rows[0]["tokens"] and row["shape"] == rows[0]["shape"]
-    }
+    largest = max(map(_size, rows), default=None)
+    rows = [row for row in rows if _size(row) == largest]
+    return [_gpu_sentence(result, rows)] if rows else []
+
+
+def _size(row: dict[str, Any]) -> tuple[int, int]:
+    """How large a row's language model is, and how many visual tokens it reads."""
+    text = SHAPES[row["shape"]].text
+    return text.num_hidden_layers * text.hidden_size**2, row["tokens"]
+
+
+def _gpu_sentence(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    gains = {row["pruner"]: row["gain"]["total"]["realised"] for row in rows}
     clear = sorted((name for name in gains if gains[name]), key=lambda name: -gains[name])
-    times = [f"`{name}` {times_text(gains[name])}" for name in clear]
-    unclear = [f"`{name}`" for name in gains if not gains[name]]
+    times = ", ".join(f"`{name}` {times_text(gains[name])}" for name in clear)
+    unclear = ", ".join(f"`{name}`" for name in gains if not gains[name])
     gpu = re.sub(r"gpu \((.*)\)", r"\1", result["device"])
+    commit = f", commit {result['commit']}" if result["commit"] else ""
     return (
-        f"On a GPU ({gpu}, {result['date']}, `python -m benchmarks.device`), with random weights in"
-        f" the shape of {rows[0]['shape']}, {rows[0]['tokens']} tokens to {rows[0]['budget']}, the"
-        f" first token came so many times as fast: {', '.join(times)}."
-        + (f" Not clear: {', '.join(unclear)}." if unclear else "")
+        f"On a GPU ({gpu}, {result['date']}{commit}, `python -m benchmarks.device`), with random"
+        f" weights in the shape of {rows[0]['shape']}, {rows[0]['tokens']} tokens to"
+        f" {rows[0]['budget']}, median of {result['runs']} runs,"
+        + (f" the first token came so many times as fast: {times}." if clear else "")
+        + (f" Not clear: {unclear}." if unclear and clear else "")
+        + (f" the first token's gain was clear with none of {unclear}." if not clear else "")
     )
