@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from .checkpoints.clone import package_beside
+from .checkpoints.clone import is_clone, package_beside
 from .checkpoints.command_line import Parser, in_one_sentence, suggestion
 from .checkpoints.errors import UserError
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(name: str | None, arguments: Sequence[str]) -> None:
     """Run a benchmark with its arguments, or list all. Raises UserError where there is none."""
-    package = package_beside("benchmarks")
+    package = package_beside("benchmarks") if is_clone() else None
     if package is None:
         raise UserError(NEEDS_CLONE)
     summaries = benchmark_summaries(package)

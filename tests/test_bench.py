@@ -42,6 +42,17 @@ def test_where_no_benchmarks_lie_beside_the_package_it_says_so(tmp_path, monkeyp
         assert (stop.value.code, capsys.readouterr().err) == (2, f"error: {bench.NEEDS_CLONE}\n")
 
 
+def test_a_strangers_benchmarks_beside_the_installed_package_are_not_run(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").write_text("raise AssertionError('was run')\n")
+    monkeypatch.setattr(clone, "HOME", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "device"])
+    assert (stop.value.code, capsys.readouterr().err) == (2, f"error: {bench.NEEDS_CLONE}\n")
+
+
 def test_no_file_of_the_users_is_taken_for_the_benchmarks(tmp_path):
     folder = write_user_files(tmp_path / "user", "mlx_vlm_prune")
     done = start_python(folder, "-m", "mlx_vlm_prune", "bench", "device", "--help")

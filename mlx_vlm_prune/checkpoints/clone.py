@@ -12,6 +12,12 @@ from types import ModuleType
 HOME = Path(__file__).parents[2]
 
 
+def is_clone() -> bool:
+    """Does this package lie in a clone of its repository, not among others' packages?"""
+    project = HOME / "pyproject.toml"
+    return project.is_file() and '\nname = "mlx_vlm_prune"\n' in project.read_text(encoding="utf-8")
+
+
 def package_beside(name: str) -> ModuleType | None:
     """The package of that name beside this one, imported; None where there is none."""
     spec = PathFinder.find_spec(name, [str(HOME)])
