@@ -30,15 +30,17 @@ def test_there_are_two():
     assert NAMES == ["ci.yml", "release.yml"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_actionlint_has_nothing_to_say(name):
-    program = shutil.which("actionlint") or shutil.which(
-        "actionlint", path=str(Path(sys.executable).parent)
-    )
-    if program is None:
-        pytest.skip("actionlint is not installed")
-    done = subprocess.run([program, "-no-color", FOLDER / name], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, ""), done.stdout
+def test_on_linux_the_workflows_are_checked_and_every_python_that_make_looks_for_is_there():
+    uses = {step.get("uses", "").rpartition(":")[0]: step for step in linux_steps()}
+    assert "docker://rhysd/actionlint" in uses
+    (setup,) = (step for step in linux_steps() if "actions/setup-python" in step.get("uses", ""))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    others = re.search(r"^PYTHONS := (.*)$", makefile, re.M)[1].split()
+    assert setup["with"]["python-version"].split() == [*others, "3.12"]
+
+
+def linux_steps() -> list[dict]:
+    return workflow("ci.yml")["jobs"]["linux"]["steps"]
 
 
 def test_on_linux_it_is_what_anyone_can_run():
@@ -69,9 +71,36 @@ def test_only_the_upload_of_a_tag_may_ask_for_a_token_and_none_is_kept():
         assert "secrets." not in (FOLDER / name).read_text(encoding="utf-8")
     jobs = release["jobs"]
     allowed = {name: job.get("permissions") for name, job in jobs.items()}
-    assert allowed == {"build": None, "publish": {"id-token": "write"}}
-    assert jobs["publish"]["needs"] == "build" and jobs["publish"]["environment"]["name"] == "pypi"
+    assert allowed == {"test": None, "build": None, "publish": {"id-token": "write"}}
+    assert jobs["publish"]["environment"]["name"] == "pypi"
     assert any("twine check --strict" in line for line in lines(jobs["build"]))
+
+
+def test_nothing_is_uploaded_that_was_not_tested():
+    jobs = workflow("release.yml")["jobs"]
+    assert jobs["publish"]["needs"] == ["test", "build"]
+    assert ROOT / jobs["test"]["uses"] == FOLDER / "ci.yml"
+    assert "workflow_call" in workflow("ci.yml")[True]
+
+
+def test_on_pypi_no_link_of_the_readme_is_relative(tmp_path):
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (command,) = (line for line in lines(workflow("release.yml")["jobs"]["build"])
+                  if "public_address" in line)  # fmt: skip
+    script = f"python() {{ '{sys.executable}' \"$@\"; }}; "
+    script += command.replace(".ci/", f"'{ROOT}'/.ci/")
+    env = os.environ | {"GITHUB_SERVER_URL": "https://git.example", "GITHUB_REF_NAME": "v1",
+                        "GITHUB_REPOSITORY": "owner/name"}  # fmt: skip
+    subprocess.run(["sh", "-c", script], cwd=tmp_path, env=env, check=True)
+    links = r'(?:\]\(|src=")([^)"]+)[)"]'
+    before = re.findall(links, (ROOT / "README.md").read_text(encoding="utf-8"))
+    after = re.findall(links, (tmp_path / "README.md").read_text(encoding="utf-8"))
+    base = "https://git.example/owner/name"
+    assert f"{base}/blob/v1/docs/auto.md" in after and f"{base}/raw/v1/docs/kept.png" in after
+    assert len(after) == len(before) and all(link.startswith(("https://", "#")) for link in after)
+    text = (tmp_path / "pyproject.toml").read_text(encoding="utf-8")
+    assert text.count("[project.urls]") == 1 and f'\nRepository = "{base}"\n' in text
 
 
 def test_a_tag_that_is_not_the_version_stops_a_release(tmp_path):
