@@ -2,7 +2,7 @@
 
 python examples/prune_mlx_vlm.py mlx-community/Qwen2.5-VL-3B-Instruct-4bit photo.jpg "What is this?"
 
-Needs `pip install 'mlx_vlm_prune[mlx-vlm]'`. `mlx-vlm-prune convert prune-into MODEL FOLDER` makes
+Needs `pip install 'mlx-vlm-prune[mlx-vlm]'`. `mlx-vlm-prune convert prune-into MODEL FOLDER` makes
 a folder of the model that prunes in every tool of mlx-vlm, its server too, without any Python.
 """
 

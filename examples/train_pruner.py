@@ -4,7 +4,7 @@ python examples/train_pruner.py
 python examples/train_pruner.py 600
 
 The number is that of training steps; eight show how it is done, 600 make a method of it. Needs
-`pip install 'mlx_vlm_prune[train]'`. docs/training.md has all stages: adapters, projector, twig.
+`pip install 'mlx-vlm-prune[train]'`. docs/training.md has all stages: adapters, projector, twig.
 """
 
 import json

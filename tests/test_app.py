@@ -14,7 +14,7 @@ from time import monotonic, sleep
 import pytest
 from PIL import Image
 
-pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'mlx_vlm_prune[app]'")
+pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'mlx-vlm-prune[app]'")
 
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.pruners import METHODS

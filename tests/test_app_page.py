@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'mlx_vlm_prune[app]'")
+pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'mlx-vlm-prune[app]'")
 
 from mlx_vlm_prune import app
 from mlx_vlm_prune.generation.arguments import build_app_parser
@@ -23,7 +23,7 @@ BUDGET = ("divprune", SHARE, 50, None)
 FAULTS = {
     "a missing package": (
         ModuleNotFoundError("No module named 'mlx_vlm'", name="mlx_vlm"),
-        "this command needs mlx_vlm, which is not installed: pip install 'mlx_vlm_prune[mlx-vlm]'",
+        "this command needs mlx_vlm, which is not installed: pip install 'mlx-vlm-prune[mlx-vlm]'",
         False,
     ),
     "a full disk": (

@@ -19,7 +19,7 @@ COMMANDS = [
     if is_command and name != "mlx_vlm_prune"  # its usage is another: tests/test_skeleton.py
 ]
 LATE = "too late"  # how the reason begins where mlx came first
-EXTRA = "pip install 'mlx_vlm_prune[{}]'"
+EXTRA = "pip install 'mlx-vlm-prune[{}]'"
 
 # Of commands that can do something only with a package that may be missing: the arguments that ask
 # for it, the package, and how to get it.

@@ -96,6 +96,15 @@ def test_a_server_is_asked_by_openais_client_and_ended(run):
     assert all(line.split(": ")[1] for line in lines)
 
 
+def test_where_the_server_cannot_start_its_sentence_is_shown(run, tmp_path, capsys):
+    for name in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    (tmp_path / "a.png").touch()
+    with pytest.raises(SystemExit) as stop:
+        run("serve_and_ask.py", "a.png", "What is this?", "no/such/folder")
+    assert stop.value.code == 2 and "no/such/folder" in capsys.readouterr().err
+
+
 def test_the_notebook_shows_the_explorer(tmp_path, monkeypatch, capsys):
     """Its cells in order, without a kernel; what the last expression shows is the page."""
     monkeypatch.chdir(tmp_path)

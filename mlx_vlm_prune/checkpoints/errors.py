@@ -21,7 +21,7 @@ EXTRAS = {
 
 def missing_package(package: str, user: object = "this command") -> UserError:
     """The error of a package that `user` needs and that is not installed; how to get it."""
-    install = f"pip install 'mlx_vlm_prune[{EXTRAS[package]}]'"
+    install = f"pip install 'mlx-vlm-prune[{EXTRAS[package]}]'"
     return UserError(f"{user} needs {package}, which is not installed: {install}")
 
 

@@ -43,7 +43,7 @@ READ_FILES = (
     "tekken.json", "*.model", "*.jinja", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 DEPTH = re.compile("(layer|depth|expert)s?$")  # fields that count what is made one by one
-INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-vlm]'"
+INSTALL = "install it with pip install 'mlx-vlm-prune[mlx-vlm]'"
 REMOTE_CODE = (
     "trust_remote_code is not possible: pruning works inside models that are known here, and no"
     " code from a model's folder is run; leave it out"

@@ -21,7 +21,7 @@ from ...machine.hardware import on_cpu
 from .selective_scan import selective_scan, silu, softplus
 
 ROWS_CPU, ROWS_GPU = 256, 2048  # of a piece
-INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-lm]'"
+INSTALL = "install it with pip install 'mlx-vlm-prune[mlx-lm]'"
 
 
 class MambaState:
