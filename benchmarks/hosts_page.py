@@ -61,9 +61,10 @@ EVERYWHERE = f"""\
   layers with different numbers of rows share no mask. In a block of `pruned()` a prompt is read
   alone.
 
-`pact` merges tokens, and a merged token gets as much attention as its members. mlx-vlm's layers
-share a mask, so after the prompt the cache holds a merged token's row once for each member. The
-answer is the same, but the cache is smaller only by the tokens that were left out.
+`pact` merges tokens, and a merged token gets as much attention as its members; `lookahead` raises
+the attention to some tokens by a whole factor until they leave. mlx-vlm's layers share a mask, so
+after the prompt the cache holds a merged token's row once for each member, and a raised one's as
+often as the factor says. The answer is the same, but the cache is larger by those rows.
 """
 
 

@@ -16,20 +16,18 @@ import numpy as np
 
 from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 
+from .tower_tokens import (
+    Read,
+    Token,
+    flowing,
+    highest,
+    in_raster_order,
+    merged,
+    merged_in_windows,
+    recycled,
+)  # fmt: skip
+
 ILLAVA = {3: {1: 3}, 4: {1: 2, 2: 3}}  # thirds of what leaves, by depth and layer
-
-
-@dataclass
-class Token:
-    """A visual token inside the tower, or CLS, whose place is -1."""
-
-    place: int
-    rows: np.ndarray  # (g, D)
-    patches: np.ndarray | None = None  # embeddings without positions
-    angles: np.ndarray | None = None  # of rotation, (g, a)
-    window: int = 0
-    size: float = 1.0
-    deep: list[np.ndarray] = field(default_factory=list)  # what DeepStack adds
 
 
 @dataclass
@@ -42,6 +40,7 @@ class Picture:
     out: Callable[[Any, mx.array], mx.array]
     mlp: Callable[[Any, mx.array], mx.array]
     finish: Callable[[mx.array], mx.array]
+    grid: tuple[int, int]  # rows and columns of visual tokens
     windowed: Callable[[int], bool] = lambda layer: False
     deepstack: dict[int, Any] = field(default_factory=dict)
 
@@ -64,6 +63,8 @@ def encode(picture: Picture, spec: str, K: int) -> tuple[list[int], np.ndarray, 
         if spec.startswith("ipcv") and i == 1:
             absent = Absent(order, K)
             order = highest([np.linalg.norm(t.rows - entered[t.place]) for t in order], order, K)
+        if spec == "window_merge" and i == 1:
+            order = merged_in_windows(order, picture.grid, K)
         tokens = [*cls, *in_raster_order(order)]
         read = attend(picture, i, tokens, absent.left(order) if i == 1 and absent else [])
         for token in tokens:
@@ -83,7 +84,7 @@ def encode(picture: Picture, spec: str, K: int) -> tuple[list[int], np.ndarray, 
 
 
 def leave(
-    spec: str, layer: tuple[int, int], budget: tuple[int, int], order: list[Token], read: "Read",
+    spec: str, layer: tuple[int, int], budget: tuple[int, int], order: list[Token], read: Read,
     has_cls: bool,
 ) -> list[Token]:  # fmt: skip
     """What a method leaves between attention and MLP of a layer (its number, of so many)."""
@@ -93,14 +94,12 @@ def leave(
     if spec == "illava_tower" and (thirds := ILLAVA[depth].get(i)):
         scores = [read.received[id(token)] for token in order]
         return recycled(scores, order, N - (N - K) * thirds // 3)
+    if spec == "flowcut" and i <= depth - 2:
+        return flowing(order, read, K, depth - 2 - i)
     left = K if i == depth - 1 else N - int((N - K) * (i + 1) / depth + 1e-9)
     if spec == "tome" and len(order) > left:
         return merged(order, read.keys, len(order) - left, has_cls)
     return order
-
-
-def in_raster_order(tokens: list[Token]) -> list[Token]:
-    return sorted(tokens, key=lambda token: token.place)
 
 
 class Absent:
@@ -120,34 +119,6 @@ class Absent:
         return gone
 
 
-def highest(scores: list[float], order: list[Token], K: int) -> list[Token]:
-    ranked = sorted(range(len(order)), key=lambda i: (-scores[i], order[i].place))[:K]
-    return [order[i] for i in sorted(ranked)]
-
-
-def recycled(scores: list[float], order: list[Token], K: int) -> list[Token]:
-    """iLLaVA's: the last of the kept, one of so few, takes in the five likest that leave."""
-    ranked = [order[i] for i in sorted(range(len(order)), key=lambda i: (-scores[i], i))]
-    kept, leaving = ranked[:K], ranked[K:]
-    product = [float((kept[-1].rows * token.rows).sum()) for token in leaving]
-    likest = sorted(range(len(leaving)), key=lambda i: -product[i])[:5]
-    weights = np.exp(np.array([product[i] for i in likest]) / np.sqrt(kept[-1].rows.size))
-    mixture = sum(w * leaving[i].rows for w, i in zip(weights, likest, strict=True)) / weights.sum()
-    kept[-1].rows = (kept[-1].rows + mixture) / 2
-    return kept
-
-
-@dataclass
-class Read:
-    """By a token's identity: what it reads (g, D), the norm of its queries and of its keys, its
-    keys as one vector, and the attention that it gets."""
-
-    y: dict[int, np.ndarray] = field(default_factory=dict)
-    norms: dict[int, float] = field(default_factory=dict)
-    keys: dict[int, np.ndarray] = field(default_factory=dict)
-    received: dict[int, float] = field(default_factory=dict)
-
-
 def attend(picture: Picture, number: int, tokens: list[Token], others: list[Token]) -> Read:
     """In a layer; `others` are attended to and ask nothing."""
     layer, parts, every = picture.layers[number], [], [*tokens, *others]
@@ -158,9 +129,13 @@ def attend(picture: Picture, number: int, tokens: list[Token], others: list[Toke
             q, k = rotated(q, token.angles), rotated(k, token.angles)
         parts.append((q, k, v))
     read = Read(received=dict.fromkeys(map(id, every), 0.0))
-    for token, (q, own_k, _) in zip(tokens, parts, strict=False):
+    has_cls = tokens[0].place < 0
+    v_SHd = np.concatenate([v for _, _, v in parts[: 1 if has_cls else None]])
+    read.cls_value = v_SHd.mean(axis=0)
+    for token, (q, own_k, own_v) in zip(tokens, parts, strict=False):
         read.norms[id(token)] = float(np.linalg.norm(q) + np.linalg.norm(own_k))
         read.keys[id(token)] = own_k.mean(axis=1).reshape(-1)
+        read.values[id(token)] = own_v.mean(axis=0)
         is_seen = [not picture.windowed(number) or other.window == token.window for other in every]
         seen = [(other, *parts[j][1:]) for j, other in enumerate(every) if is_seen[j]]
         k_SHd, v_SHd = (np.concatenate([each[j] for each in seen]) for j in (1, 2))
@@ -176,6 +151,8 @@ def attend(picture: Picture, number: int, tokens: list[Token], others: list[Toke
                 for other, k, _ in seen:
                     read.received[id(other)] += weights[begin : begin + len(k)].sum()
                     begin += len(k)
+        if token.place < 0:
+            read.from_cls = dict(read.received)  # CLS asks first
         read.y[id(token)] = by_rows(picture.out, layer, y_gHd.reshape(len(q), -1))
     return read
 
@@ -184,27 +161,6 @@ def rotated(x_gHd: np.ndarray, angles_ga: np.ndarray) -> np.ndarray:
     first, second = np.split(x_gHd, 2, axis=-1)
     cos, sin = np.cos(angles_ga)[:, None], np.sin(angles_ga)[:, None]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def merged(order: list[Token], key: dict[int, np.ndarray], r: int, has_cls: bool) -> list[Token]:
-    """One round of ToMe: the r most similar of every second token merge into others."""
-    ones, others = order[int(has_cls) :: 2], order[int(not has_cls) :: 2]
-    best = []
-    for token in ones:
-        a = key[id(token)] / np.linalg.norm(key[id(token)])
-        similar = [a @ key[id(o)] / np.linalg.norm(key[id(o)]) for o in others]
-        best.append((max(similar), int(np.argmax(similar))))
-    likest = sorted(range(len(ones)), key=lambda i: -best[i][0])
-    leaving, rest = likest[:r], likest[r:]
-    for j, home in enumerate(others):
-        members = [home, *(ones[i] for i in leaving if best[i][1] == j)]
-        sizes = np.array([member.size for member in members])
-        mean = sizes / sizes.sum()
-        home.rows = sum(w * member.rows for w, member in zip(mean, members, strict=True))
-        deep = zip(*(member.deep for member in members), strict=True)
-        home.deep = [sum(w * x for w, x in zip(mean, each, strict=True)) for each in deep]
-        home.size = float(sizes.sum())
-    return [ones[i] for i in (sorted(rest) if has_cls else rest)] + others
 
 
 def pictures(name: str, model: Any, inputs: PreparedInputs) -> list[Picture]:
@@ -242,10 +198,12 @@ def patch_picture(name: str, model: Any, pixels_3HW: mx.array) -> Picture:
         return Picture(
             tokens, layers, intern_heads, lambda layer, y: layer.attn.proj(y) * layer.ls1,
             lambda layer, x: layer.mlp(layer.norm2(x)) * layer.ls2, finisher(name, model, tower),
+            (height, width),
         )  # fmt: skip
     return Picture(
         tokens, layers, siglip_heads, lambda layer, y: layer.self_attn.out_proj(y),
         lambda layer, x: layer.mlp(layer.layer_norm2(x)), finisher(name, model, tower),
+        (height, width),
     )  # fmt: skip
 
 
@@ -303,8 +261,8 @@ def qwen_pictures(name: str, model: Any, inputs: PreparedInputs) -> list[Picture
         read_pictures.append(Picture(
             sorted(tokens, key=lambda token: token.place), list(tower.blocks), qwen_heads,
             lambda block, y: block.attn.proj(y), lambda block, x: block.mlp(block.norm2(x)),
-            lambda x_gD: tower.merger(x_gD)[0], lambda layer, full=full: layer not in full,
-            dict(deep),
+            lambda x_gD: tower.merger(x_gD)[0], (grid[1] // 2, grid[2] // 2),
+            lambda layer, full=full: layer not in full, dict(deep),
         ))  # fmt: skip
         begin += n
     return read_pictures

@@ -13,12 +13,12 @@ import pytest
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import load
 from mlx_vlm_prune.models.layers import TwigReader
-from mlx_vlm_prune.pruners import METHODS, Signals, numerics, plan, resolve
+from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, Stage, numerics, plan, resolve
 from mlx_vlm_prune.pruners.attention_pool import AttentionPool
-from mlx_vlm_prune.pruners.numerics import precision
+from mlx_vlm_prune.pruners.numerics import NotFiniteError, precision
 
 from . import tiny
-from .pruner_cases import float64_choices
+from .pruner_cases import D, case, float64_choices, signals
 
 K = 9
 ROWS = (tiny.row("user # what is in the picture ?"), tiny.row("# and # is there a red star ?"))
@@ -28,6 +28,10 @@ SPECS = [
     "cls_attention+cdpruner", "cls_attention+restore", "patch_norm:keep=11+norm", "twig+restore",
     "divprune+restore:published", "divprune:budget=similarity",
     "divprune+ivc+restore", "fastv+ivc",
+]  # fmt: skip
+UNTAUGHT = [
+    name for name, method in METHODS.items()
+    if Stage.IMAGE < method.stage < Stage.ENHANCER and not method.learned and name != "none"
 ]  # fmt: skip
 # How often a method returns to the host: what its docstring declares.
 RETURNS = {
@@ -139,6 +143,27 @@ def test_features_that_are_not_numbers_are_refused_where_the_choice_is_read(mode
         prefill = model(ROWS, mx.full((3, 64, 64, 3), mx.nan), plan("divprune+fastv"), K)
     with pytest.raises(UserError, match="the vision tower gave NaN or infinite features"):
         prefill.trace.kept(0)
+
+
+@pytest.mark.parametrize("name", UNTAUGHT)
+def test_one_token_that_is_no_number_ends_no_method_in_another_way(name):
+    arrays = case("random", 1, (4, 4), 0)
+    arrays["x_BND"][:, 3] = np.nan
+    with precision("float32"), pytest.raises(NotFiniteError):
+        resolve(name)(signals(arrays), 4).check()
+
+
+def test_budgets_of_tokens_that_are_no_numbers_are_refused():
+    arrays = case("random", 1, (4, 4), 0)
+    arrays["x_BND"][:, 3] = arrays["cls_row_BN"][:] = np.nan
+    broken, flowcut = signals(arrays), resolve("flowcut")
+    taught = Pruner("mlp", METHODS["mlp"], {"dynamic": True}, METHODS["mlp"].make_weights(D, 1))
+    with precision("float32"):
+        for pruner in (resolve("divprune:budget=similarity"), taught):
+            with pytest.raises(NotFiniteError, match="the vision tower gave NaN or infinite"):
+                pruner.budgets(broken, broken, 4)
+        with pytest.raises(NotFiniteError):
+            flowcut.call(flowcut.method.left, broken, 4, 2)
 
 
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU chooses in float32")

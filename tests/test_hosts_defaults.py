@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import wraps
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -60,6 +61,18 @@ def test_v2drops_cuts_in_qwen2_vl_are_those_of_its_authors():
         assert list(step.call(step.method.schedule, layers, 64, 20)) == cuts
     step = with_family_defaults(plan("v2drop:first=5"), "qwen2_vl").decoder
     assert list(step.call(step.method.schedule, 28, 64, 20)) == [5, 16, 22]
+
+
+def test_a_level_of_grey_is_that_of_the_processor():
+    """Of a LLaVA with SigLIP, whose family says nothing, too."""
+    image = SimpleNamespace(image_std=[0.5, 0.5, 0.5])
+    processor = SimpleNamespace(image_processor=image)
+    step = with_family_defaults(plan("docprune"), "llava", processor).steps[0]
+    assert step.defaults == {"level": 1 / 255 / 0.5}
+    image.image_std = [0.225, 0.225, 0.225]
+    step = with_family_defaults(plan("docprune:level=0.1"), "gemma3", processor).steps[0]
+    assert step.options_for(step.method.prune)["level"] == 0.1
+    assert step.defaults["level"] == pytest.approx(1 / 255 / 0.225)
 
 
 def test_vscans_layers_in_qwen_are_those_of_its_authors():

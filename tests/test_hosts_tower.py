@@ -25,7 +25,15 @@ from .test_pruned_tools import batch
 
 CUT = [name for name in KINDS if FAMILIES[name].why_no_encoder_methods is None]
 ONE_OF_EACH = ["llava", "gemma3", "idefics3", "qwen2_5_vl", "qwen3_vl"]
-INSIDE = ["patch_norm", "kq_norm", "tome", "ipcv:until=2", "illava_tower"]
+INSIDE = [
+    "patch_norm",
+    "kq_norm",
+    "tome",
+    "ipcv:until=2",
+    "illava_tower",
+    "flowcut",
+    "window_merge",
+]
 
 
 @pytest.fixture(scope="module")

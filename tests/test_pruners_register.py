@@ -111,6 +111,25 @@ def test_the_methods_of_the_table_pass_the_same_checks(name, table):
     register_pruner(replace(METHODS[name], name="copied"))
 
 
+def in_tower(**held) -> ModuleType:
+    return module(stage=Stage.ENCODER, cuts=lambda layers, N, K: [(0, "middle", K)], **held)
+
+
+def accumulated(signals, *, decay=0.5):
+    return None
+
+
+def completed(signals, kept, K, *, rounds=2):
+    return kept
+
+
+def test_options_of_all_its_functions_are_a_methods_own(table):
+    """Of what is called beside `prune`, too."""
+    assert Method.of(in_tower(accumulate=accumulated)).options == {"step": 1, "decay": 0.5}
+    file = module(stage=Stage.ENHANCER, prune=None, complete=completed)
+    assert Method.of(file).options == {"rounds": 2}
+
+
 def no_budget(signals):
     return None
 
@@ -148,6 +167,8 @@ def without_default(signals, K, *, step):
         (module(positions=3), "positions is not 'keep' or 'renumber'"),
         (module(needs={"attention": None}), "needs 'attention'; a tower has .*cls_attention"),
         (module(needs={"cls_attention": "layer"}), "'layer', which is no option"),
+        (in_tower(adapts=lambda: True), r"has adapts\(\), and no left\(signals, K, remaining\)"),
+        (in_tower(attends_to_all=lambda layers: range(1)), r"and no give_back\(signals, kept\)"),
         (ModuleType("package.every"), "has no stage"),
         ("norm", "neither a module nor a Method"),
     ],

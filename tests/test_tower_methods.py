@@ -19,6 +19,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generation.conversation import Conversation
 from mlx_vlm_prune.models.towers.pixels import patch_greys
 from mlx_vlm_prune.pruners import Reduction, Signals, plan, resolve, rows
+from mlx_vlm_prune.pruners.attention_pool import AttentionPool
 from mlx_vlm_prune.pruners.docprune import LEVEL, commonest
 from mlx_vlm_prune.pruners.ipcv import nearest_kept
 from torch_ref.models.towers.signals import greys
@@ -44,7 +45,7 @@ CHAINS = [
     "docprune+ipcv:neighbours=2+received_attention:layer=1+fastv", "ipcv:until=0.9+restore",
     "illava_tower:keep=11+illava_decoder", "illava_tower:keep=11+divprune+restore",
     "docprune:keep=12+norm+restore", "pixelprune:keep=13+ipcv:until=2,share=0.5+divprune",
-    "ipcv+uniform",
+    "ipcv+uniform", "ipcv:until=0.9+dual_attention:key=0.3", "illava_tower:keep=11+kq_norm",
 ]  # fmt: skip
 
 
@@ -245,6 +246,33 @@ def test_methods_that_would_take_tokens_from_among_those_that_left_are_refused(p
     for spec, other in (("tome:keep=13+ipcv+norm", "tome"), ("ipcv+kq_norm", "kq_norm")):
         with pytest.raises(UserError, match=f"ipcv knows all tokens.*{other} lets some go"):
             pair.ours([tiny.row("# ?")], pixels, plan(spec), K)
+
+
+def test_methods_of_a_tower_stand_in_the_order_of_their_layers(pair):
+    pixels = mx.array(pair.pixels[:1])
+    for spec, refused in (
+        ("illava_tower:keep=11+flowcut", "flowcut chooses among what illava_tower leaves"),
+        ("flowcut:keep=12+kq_norm", None), ("flowcut:keep=12+illava_tower", None),
+        ("tome:keep=12+illava_tower", "illava_tower chooses among what tome leaves at layer 2"),
+    ):  # fmt: skip
+        if refused is None:
+            pair.ours([tiny.row("# ?")], pixels, plan(spec), K)
+            continue
+        with pytest.raises(UserError, match=refused):
+            pair.ours([tiny.row("# ?")], pixels, plan(spec), K)
+
+
+def test_a_number_of_stages_is_bounded(pair):
+    for name in ("illava_tower", "illava_decoder", "pyramiddrop"):
+        with pytest.raises(UserError, match=f"{name}: stages is 101; it is 1 to 100"):
+            step = plan(f"{name}:stages=101").steps[0]
+            step.call(step.method.cuts or step.method.schedule, 24, 16, 9)
+
+
+def test_what_ranks_by_cls_is_refused_behind_mixtures(pair):
+    chain = plan("attention_pool+dual_attention", {"attention_pool": AttentionPool(12, 32)})
+    with pytest.raises(UserError, match="ranks tokens by CLS's attention"):
+        pair.ours([tiny.row("# ?")], mx.array(pair.pixels[:1]), chain, 8)
 
 
 def test_a_chat_encodes_anew_where_tokens_come_back_or_stay_away(pair):

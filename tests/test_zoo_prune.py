@@ -113,8 +113,8 @@ def test_only_this_method_has_the_projector_read_more(tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("option", ["directions=0", "step=0", "seed=-1"])
+@pytest.mark.parametrize("option", ["directions=0", "directions=1001", "step=0", "seed=-1"])
 def test_options_out_of_range_are_named(option):
     step = resolve(f"zoo_prune:{option}")
-    with pytest.raises(UserError, match=r"zoo_prune: directions, step and seed are .* 1 or more"):
+    with pytest.raises(UserError, match=r"zoo_prune: directions, step and seed are .* 1 to 1000"):
         step.call(step.method.probe, lambda x: x, mx.zeros((1, 4, 8)))

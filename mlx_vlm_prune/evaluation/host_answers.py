@@ -61,7 +61,7 @@ class EvaluatedHost:
         self.ends = set(self.tokenizer.stopping_criteria.eos_token_ids)
         self.want: dict[str, int | None] = {}
         for pipeline in pipelines:
-            pipeline = with_family_defaults(pipeline, host.kind)
+            pipeline = with_family_defaults(pipeline, host.kind, host.processor)
             if self._is_supported(pipeline) and not pipeline.at(Stage.ENCODER):
                 self.want |= signal_layers(host, pipeline)
 
@@ -99,7 +99,7 @@ class EvaluatedHost:
 
         Raises UserError where the method cannot prune this model or keep this budget.
         """
-        pipeline = with_family_defaults(pipeline, self.host.kind)
+        pipeline = with_family_defaults(pipeline, self.host.kind, self.host.processor)
         policy = check_pipeline(self.host, pipeline, pipeline.policy)
         answers, by_view = [], partial(_budgets, K=K, pipeline=pipeline)
         for question, views in zip(batch.questions, batch.views, strict=True):

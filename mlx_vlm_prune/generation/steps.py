@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
-from ..pruners.contract import NotFiniteError
+from ..pruners.numerics import NotFiniteError
 from .prefill import Prefill
 from .request import LogitsProcessor, Request, Sampler
 from .sampling import request_processors, request_sampler

@@ -15,6 +15,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..checkpoints.errors import UserError
+
+ROUNDING = 0.02  # of a factor, by which the log of a whole number in bfloat16 may miss it
+
 
 class BiasedCache:
     """Mixin before a cache's class; without biases the mask is the class's own."""
@@ -64,12 +68,20 @@ def add_biases(caches: list[Any], layers: Sequence[int], bias_BN: mx.array | Non
 
 def with_repeated_rows(layer_cache: Any) -> Any:
     """A cache of one prompt in which a row stands as often as its bias is the log of: attention is
-    the same without a mask. One without biases is itself. Reads the biases on the host."""
+    the same without a mask. One without biases is itself. Reads the biases on the host. Raises
+    UserError where that is no whole number."""
     biases = getattr(layer_cache, "biases", None)
     if biases is None:
         return layer_cache
     keys, values = layer_cache.state
-    times_S = np.rint(np.exp(np.array(biases.state[0][0, 0, :, 0].astype(mx.float32))))
+    factor_S = np.exp(np.array(biases.state[0][0, 0, :, 0].astype(mx.float32)))
+    times_S = np.rint(factor_S)
+    uneven_S = np.abs(factor_S - times_S) > ROUNDING * factor_S
+    if uneven_S.any():
+        raise UserError(
+            f"a method raises attention {factor_S[uneven_S][0]:.3g} times; between the layers of a"
+            " model of mlx-vlm's it must be a whole number of times"
+        )
     rows = mx.array(np.repeat(np.arange(len(times_S)), times_S.astype(int)))
     kind: Any = next(c for c in type(layer_cache).__mro__ if not issubclass(c, BiasedCache))
     repeated = kind()

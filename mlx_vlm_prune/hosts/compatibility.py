@@ -83,15 +83,22 @@ def check_max_kv_size(host: Host, pipeline: Pipeline, max_kv_size: int | None) -
 
 def why_not_enhance(host: Host | type[Host], enhancer: Pruner) -> str | None:
     """Why an enhancer cannot work in a model or a family; None where it can."""
+    if reason := _why_no_rotation(host, enhancer):
+        return reason
     if not enhancer.method.attention_bias:
-        if host.language_layers_class:
-            return None
-        return f"it reads how the language model's layers rotate, and {host.why_no_decoder_methods}"
+        return None
     if host.why_no_enhancer or not enhancer.calibrates:
         return host.why_no_enhancer
     return (
         f"it adds something else in each layer, and mlx-vlm's share a mask: not as {enhancer.spec}"
     )
+
+
+def _why_no_rotation(host: Host | type[Host], step: Pruner) -> str | None:
+    """Why a method cannot read how the language model rotates; None where it can, or need not."""
+    if "rotation" not in step.method.needs or host.language_layers_class:
+        return None
+    return f"it reads how the language model's layers rotate, and {host.why_no_decoder_methods}"
 
 
 def _why_not(host: Host, step: Pruner) -> str | None:
@@ -109,6 +116,8 @@ def _why_not(host: Host, step: Pruner) -> str | None:
             return host.why_no_probe
         if "pixels" in step.method.needs:
             return f"it needs the pixels of patches behind the tower, {LATER}"
+        if reason := _why_no_rotation(host, step):
+            return reason
         if set(step.method.needs) - set(ATTENTION_FREE_SIGNALS) and not host.depth:
             return WITHOUT_ATTENTION
         return None

@@ -8,6 +8,7 @@ Shapes: B prompts (1 here), l rows of it, L new tokens, A position axes, D featu
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -55,7 +56,7 @@ def prefill_through_cuts(
     decoder = Decoder(language, language.make_cache(), cuts, prefill_step_size=piece)
     decoded = decoder(spliced)
     caches = [with_repeated_rows(cache) for cache in decoder.cache]
-    nbytes = prompt_cache_bytes(caches, prompt.length)  # before the last rows leave
+    nbytes = prompt_cache_bytes(caches)  # before the last rows leave, and all repeated ones
     first, stored = decoder.cache[0], caches[0]
     repeated = 0 if stored is first else stored.offset - first.offset
     position = _next_position(prompt, policy)
@@ -200,9 +201,9 @@ def prompt_cache(host: Host, prompt: PrunedPrompt, max_kv_size: int | None = Non
     return cache
 
 
-def prompt_cache_bytes(cache: Sequence[Any], rows: int) -> int:
-    """Bytes of a prompt's rows in all layers. The first token's row, which may be there, is not
-    counted."""
+def prompt_cache_bytes(cache: Sequence[Any], rows: float = math.inf) -> int:
+    """Bytes of a prompt's rows in all layers: of so many, without the first token's, which may be
+    there; or of all that there are."""
     total = 0.0
     for layer in cache:
         size = tree_reduce(lambda n, a: n + getattr(a, "nbytes", 0), layer.state, 0)

@@ -97,12 +97,23 @@ def step_cuts(
 
 
 def check_order(cuts: list[Cut]) -> None:
-    """Raise UserError where tokens leave among those of which some may come back."""
+    """Raise UserError where tokens leave among those of which some may come back, or by a method
+    of the chain ahead of those that leave by an earlier one: each counts on what the earlier ones
+    leave. The cuts are in the order of the chain."""
     for cut in cuts:
         for other in cuts if cut.whole or cut.gives_back else ():
             if other.pruner is not cut.pruner and other.layer >= cut.layer:
                 raise UserError(
                     f"{cut.pruner.name} knows all tokens that left the tower from layer"
                     f" {cut.layer} on, and {other.pruner.name} lets some go at layer {other.layer};"
-                    f" leave one of the two out"
+                    f" they cannot stand in one chain"
+                )
+    for number, cut in enumerate(cuts):
+        for later in cuts[number + 1 :]:
+            is_ahead = (later.layer, later.place) < (cut.layer, cut.place)  # "before", "middle"
+            if later.pruner is not cut.pruner and is_ahead:
+                raise UserError(
+                    f"{later.pruner.name} chooses among what {cut.pruner.name} leaves at layer"
+                    f" {cut.layer} of the tower, and would do so at layer {later.layer} already;"
+                    f" they cannot stand in this order"
                 )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
+from ..checkpoints.errors import UserError
 from ..machine.clock import end_part
 from ..pruners import Pipeline, Pruner, Reduction, Signals, Stage, StepBudgets
 from ..pruners.contract import identity
@@ -110,11 +111,17 @@ def image_slots(batches: list[ImageBatch], pipeline: Pipeline) -> list[ImageSlot
 
 
 def cls_rank(batch: ImageBatch, pipeline: Pipeline) -> mx.array | None:
-    """The share of an image's tokens with more attention from CLS than each, (I, K); of equals the
-    first comes first. None where nothing reads it."""
+    """The share of an image's tokens, of a tile's where it has tiles, with more attention from CLS
+    than each, (I, K); of equals the first comes first. None where nothing reads it. Raises
+    UserError where tokens are mixtures."""
     if not pipeline.ranks_by_cls:
         return None
-    attention_IK = batch.signals.cls_attention_BN
+    attention_IK = batch.signals.get("cls_attention_BN")
+    if attention_IK is None:
+        raise UserError(
+            f"{pipeline.spec}: the last method ranks tokens by CLS's attention, and what stands"
+            " ahead of it mixes new ones, which have none"
+        )
     rank_IK = mx.argsort(mx.argsort(-attention_IK.astype(mx.float32), axis=-1), axis=-1)
     return rank_IK.astype(mx.float32) / rank_IK.shape[1]
 
@@ -160,7 +167,7 @@ def _prune_batch(batch: ImageBatch, pruner: Pruner, K: int) -> list[ImageBatch]:
     if keeps_all or not pruner.has_dynamic_budget:
         return [_keep(batch, pruner, K)]
     budgets = pruner.budgets(batch.signals, batch.encoded, K)
-    return [_keep(part, pruner, own_K) for part, own_K in zip(batch.split(), budgets, strict=True)]
+    return [_keep(part, pruner, each) for part, each in zip(batch.split(), budgets, strict=True)]
 
 
 def _keep(batch: ImageBatch, pruner: Pruner, K: int) -> ImageBatch:

@@ -13,6 +13,8 @@ from . import downsample
 from .contract import Stage
 from .pipeline import Pipeline, layer_at
 
+MOST_STAGES = 100  # cuts of a method in one language model or tower
+
 
 def feasible_budgets(pipeline: Pipeline, grid: tuple[int, int], layers: int) -> list[int]:
     """Every K below N that the methods can keep in a language model of so many layers, ascending;
@@ -35,6 +37,12 @@ def feasible_budgets(pipeline: Pipeline, grid: tuple[int, int], layers: int) -> 
     if refusal and not feasible:
         raise refusal
     return feasible
+
+
+def check_stages(stages: int) -> None:
+    """Raises ValueError for a number of cuts that no model has layers for."""
+    if not 1 <= stages <= MOST_STAGES:
+        raise ValueError(f"stages is {stages}; it is 1 to {MOST_STAGES}")
 
 
 def one_cut(layers: int, N: int, K: int, layer: float) -> dict[int, int]:

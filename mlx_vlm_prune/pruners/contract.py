@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoints.errors import UserError
-from .numerics import choosing
+from .numerics import NotFiniteError, choosing
 from .shares import mixed_sizes, next_slots, weighing_sizes, weighted
 
 
@@ -27,10 +26,6 @@ class Stage(IntEnum):
     PROJECTED = 3  # after the projector
     DECODER = 4  # between the language model's layers
     ENHANCER = 5  # beside another method, whose selection it improves
-
-
-class NotFiniteError(UserError):
-    """Tokens that a method was to choose from are not finite."""
 
 
 Policy = Literal["keep", "renumber"]  # of the positions of kept tokens
@@ -316,9 +311,7 @@ class Reduction:
         Where choices are made on a GPU, this waits for whoever reads the choice on the host.
         """
         if self.is_finite is not None and not self.is_finite.item():
-            raise NotFiniteError(
-                "the vision tower gave NaN or infinite features; try dtype='float32'"
-            )
+            raise NotFiniteError
 
     def kept_tokens(self) -> np.ndarray | None:
         """The index on the host, (B, K); None of pooled slots. Raises UserError, see `check`."""

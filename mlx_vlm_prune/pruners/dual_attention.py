@@ -58,7 +58,7 @@ def prune(
     with choosing():
         score_BN, rank_BN = scores(signals, relation), signals.cls_rank_BN
         kept_BN = mx.where(rank_BN < key, KEY - to_choice_dtype(rank_BN), score_BN)
-        return Reduction(keep_highest(kept_BN, K), score_BN=score_BN)
+        return Reduction(keep_highest(kept_BN, K), score_BN=kept_BN)
 
 
 def scores(signals: Signals, relation: float) -> mx.array:

@@ -13,13 +13,13 @@ Options:
     start: the first layer of the language model before which tokens leave; below 1 a share of the
         depth
     end: the last one
-    stages: before how many layers, evenly between them, 1 or more
+    stages: before how many layers, evenly between them, 1 to 100
     recycled: share of the kept that take in what leaves, 0 to 1, at least one token
 
 Shapes: I images, N tokens, K kept.
 """
 
-from .budget import several_cuts
+from .budget import check_stages, several_cuts
 from .contract import Reduction, Signals, Stage
 from .illava_tower import keep_and_recycle
 from .pipeline import layer_at
@@ -32,8 +32,7 @@ def schedule(
     layers: int, N: int, K: int, *, start: float = 0.07, end: float = 0.5, stages: int = 3
 ) -> dict[int, int]:
     """As many tokens leave at each stage."""
-    if stages < 1:
-        raise ValueError(f"stages is {stages}; it is 1 or more")
+    check_stages(stages)
     first, last = layer_at(start, layers), layer_at(end, layers)
     if first > last:
         raise ValueError(f"start is layer {first}, and end layer {last}; give an end behind it")

@@ -16,7 +16,7 @@ log of each query's own sum.
 Options:
     start: the first layer of the tower inside which tokens leave; below 1 a share of the depth
     end: the last one
-    stages: in how many layers, evenly between them, 1 or more
+    stages: in how many layers, evenly between them, 1 to 100
     share: of what leaves in a chain, how much leaves here, 0 to 1
     recycled: share of the kept that take in what leaves, 0 to 1, at least one token
 
@@ -26,6 +26,7 @@ each, D features.
 
 import mlx.core as mx
 
+from .budget import check_stages
 from .contract import Reduction, Signals, Stage, take
 from .numerics import choosing, rounded, softmax, to_choice_dtype
 from .pipeline import layer_at
@@ -39,8 +40,7 @@ def cuts(
     layers: int, N: int, K: int, *, start: float = 5 / 32, end: float = 13 / 32, stages: int = 3
 ) -> list[tuple[int, str, int]]:
     """Between attention and MLP; where two fall on one layer the later one holds."""
-    if stages < 1:
-        raise ValueError(f"stages is {stages}; it is 1 or more")
+    check_stages(stages)
     first, last = layer_at(start, layers), layer_at(end, layers)
     if first > last:
         raise ValueError(f"start is layer {first}, and end layer {last}; give an end behind it")

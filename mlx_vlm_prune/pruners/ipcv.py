@@ -13,9 +13,10 @@ Alone, or last in a chain, the method keeps the budget itself: what leaves stays
 do, objects are what has changed least. There the paper's choice answers no question, and this one
 is the best method of the tower (docs/log.md).
 
-As the authors' code (github.com/Perkzi/IPCV@29726f0), for Qwen2-VL. Differs: what tokens that left
-would read in the layers that attend to them is not computed, where theirs is, and dropped; CLS
-stays and is nobody's neighbour, where InternVL's is, as are the tokens of other tiles.
+As the authors' code (github.com/Perkzi/IPCV@29726f0), for Qwen2-VL. Differs: in the layers that
+attend to tokens that left, theirs also computes what these tokens read, and drops it, ours does not
+compute it; a token takes over changes of its own tile's patches alone, where theirs for InternVL
+has CLS and the tokens of other tiles among the neighbours.
 
 Options:
     layer: layer of the tower before which tokens leave; below 1 a share of the depth

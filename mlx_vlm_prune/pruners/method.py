@@ -18,6 +18,7 @@ from .contract import Policy, Stage
 # Signals that depend on the prompt.
 PROMPT_SIGNALS = {
     "text", "last_attention", "next_attention", "text_attention", "twig_attention", "held_keys",
+    "held_values",
 }  # fmt: skip
 # Options of any method: what it leaves in a chain; a budget for each image, and its reference.
 CHAIN_OPTIONS = ("keep", "budget", "reference")
@@ -43,7 +44,8 @@ FUNCTIONS = {
     "left": ("signals", "K", "remaining"),
     "schedule": ("layers", "N", "K"),  # of a language model: {layer: tokens left}
     "probe": ("project", "features_BND"),  # of the projector: the signal `sensitivity_BN`
-    "entry_bias": ("signals", "K"),  # of a language model: added to the attention till its cut
+    # Of a language model: the logs of whole numbers, added to the attention till its cut.
+    "entry_bias": ("signals", "K"),
     "attention_bias": ("signals", "kept"),  # of an enhancer: added to the attention, (B, K)
     "selected": ("K",),  # of an enhancer: how many of K slots the last selector chooses
     "complete": ("signals", "kept", "K"),  # of an enhancer: all K slots, where those are fewer
@@ -210,7 +212,8 @@ class Method:
         """Names of the options, with their defaults."""
         optional = (self.cuts, self.leaves, self.give_back, self.schedule, self.chooser, self.probe)
         biases = (self.attention_bias, self.entry_bias)
-        functions = (*optional, *biases, self.attends_to_all, self.selected, self.calibrates)
+        functions = [*optional, *biases, self.attends_to_all, self.selected, self.calibrates]
+        functions += [getattr(self, name) for name in FUNCTIONS if name != "prune"]
         return {
             parameter.name: parameter.default
             for function in functions
@@ -239,6 +242,10 @@ class Method:
                 )
         if "sensitivity" in self.needs and not (self.probe and self.stage is Stage.PROJECTED):
             raise UserError(f"{self.name} needs 'sensitivity', so it has a probe, and is projected")
+        if self.adapts is not _never and not self.left:
+            raise UserError(f"{self.name} has adapts(), and no left(signals, K, remaining)")
+        if self.attends_to_all is not _no_layers and not self.give_back:
+            raise UserError(f"{self.name} has attends_to_all, and no give_back(signals, kept)")
         if self.stage is Stage.ENHANCER and not (self.attention_bias or self.complete):
             raise UserError(
                 f"{self.name} has neither attention_bias(signals, kept) nor complete(signals, kept,"

@@ -18,7 +18,19 @@ from typing import Literal, ParamSpec, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from ..checkpoints.errors import UserError
+
 E = 2.718281828459045  # `mx.exp` computes in float32 even in float64; `mx.power` does not
+
+
+class NotFiniteError(UserError):
+    """Tokens that a method was to choose from are not finite."""
+
+    def __init__(
+        self, reason: str = "the vision tower gave NaN or infinite features; try dtype='float32'"
+    ):
+        super().__init__(reason)
+
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -89,9 +101,11 @@ def constant(value: float) -> mx.array:
 
 def on_host(*arrays: mx.array) -> list[np.ndarray]:
     """Arrays in numpy, computed together: the one return to the host of a method that is sequential
-    by definition. Floats become float64."""
+    by definition. Floats become float64. Raises NotFiniteError where some are not finite."""
     mx.eval(arrays)
     values = [np.array(array) for array in arrays]
+    if not all(np.isfinite(value).all() for value in values if value.dtype.kind == "f"):
+        raise NotFiniteError
     return [v.astype(np.float64, copy=False) if v.dtype.kind == "f" else v for v in values]
 
 

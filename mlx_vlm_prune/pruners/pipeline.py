@@ -14,12 +14,12 @@ from ..checkpoints.errors import UserError
 from .contract import Policy, Reduction, Signals, Stage, identity
 from .image_budgets import REFERENCE, image_budgets
 from .method import Method
-from .numerics import all_finite, choice_dtype
+from .numerics import NotFiniteError, all_finite, choice_dtype
 from .observed import observe
 
 # How many times as many tokens as the next method keeps an earlier one leaves: VScan's 96 for 64.
 EARLIER_STEP_FACTOR = 1.5
-# Of the tower, what signals of a decoder method are made of.
+# Signals of a decoder method, each with that of the tower which it is made of.
 FROM_TOWER = {"cls_rank": "cls_attention"}
 
 
@@ -140,10 +140,13 @@ class Pruner:
         return {name: value for name, value in options.items() if name in names}
 
     def call(self, function: Callable[..., Any] | None, *arguments: Any) -> Any:
-        """Call one of the method's functions with its options; a ValueError becomes a UserError."""
+        """Call one of the method's functions with its options; a ValueError becomes a UserError
+        that names the method, a NotFiniteError, which is none of its doing, stays."""
         assert function, f"{self.name} has no function for its stage"
         try:
             return function(*arguments, **self.options_for(function))
+        except NotFiniteError:
+            raise
         except ValueError as e:
             raise UserError(f"{self.name}: {e}") from None
 
@@ -220,7 +223,7 @@ class StepBudgets:
         whole = set(step.call(step.method.attends_to_all, layers))
         if self.gives_back(step):
             first, _, _ = step.call(step.method.cuts, layers, 2, 1)[0]
-            others = [s for s, _ in self.per_step if s is not step and s.stage < Stage.DECODER]
+            others = [other for other, _ in self.per_step if other is not step]
             needed = {i for s in others for i in s.signal_layers(layers, more).values()}
             whole |= {i for i in needed if i is not None and i >= first}
         return frozenset(whole)

@@ -10,12 +10,12 @@ the budget (theirs is half, which gives 270 of 576 in the average).
 
 Options:
     start: depth of the first cut, a share between 0 and 1
-    stages: cuts, 1 or more
+    stages: cuts, 1 to 100
 
 Shapes: I images, N tokens, K kept.
 """
 
-from .budget import several_cuts
+from .budget import check_stages, several_cuts
 from .contract import Reduction, Signals, Stage
 from .numerics import keep_highest
 
@@ -28,8 +28,9 @@ def schedule(
     layers: int, N: int, K: int, *, start: float = 0.25, stages: int = 3
 ) -> dict[int, int]:
     """The same share stays at each stage."""
-    if not 0 < start < 1 or stages < 1:
-        raise ValueError("start is a share of the depth above 0 and below 1, stages at least 1")
+    check_stages(stages)
+    if not 0 < start < 1:
+        raise ValueError("start is a share of the depth above 0 and below 1")
     at = [start + i * (1 - start) / stages for i in range(stages)]
 
     def counts(t: float) -> list[int]:

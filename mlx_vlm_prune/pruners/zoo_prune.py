@@ -15,7 +15,7 @@ A projector that is one matrix moves all tokens alike: then diversity alone deci
 projector to ask.
 
 Options:
-    directions: how many directions are tried, 1 or more
+    directions: how many directions are tried, 1 to 1000
     step: h, how far a token is moved, above 0
     seed: seed of the directions, 0 or more
 
@@ -33,6 +33,7 @@ from .salience_coverage import weighted_centres
 
 stage = Stage.PROJECTED
 needs: dict[str, str | None] = {"sensitivity": None}
+MOST_DIRECTIONS = 1000
 ROWS = 8192  # that the projector reads at once, where one direction needs no more
 LEAST_SPREAD = 1e-3  # of the largest sensitivity: what differs less is the rounding of float32
 
@@ -42,17 +43,17 @@ def probe(
     directions: int = 64, step: float = 0.01, seed: int = 0,
 ) -> mx.array:  # fmt: skip
     """The sensitivity of each token, (B, N) float32, from the tokens ahead of the projector."""
-    if directions < 1 or step <= 0 or seed < 0:
+    if not 1 <= directions <= MOST_DIRECTIONS or step <= 0 or seed < 0:
         raise ValueError(
-            f"directions, step and seed are {directions}, {step:g} and {seed}; they must be 1 or"
-            " more, above 0, and 0 or more"
+            f"directions, step and seed are {directions}, {step:g} and {seed}; they must be 1 to"
+            f" {MOST_DIRECTIONS}, above 0, and 0 or more"
         )
     B, N, D = features_BND.shape
     unit_mD = np.random.default_rng(seed).standard_normal((directions, D))
     unit_mD /= np.linalg.norm(unit_mD, axis=1, keepdims=True)
     shift_mD = mx.array((step * unit_mD).astype(np.float32))
     x_B1ND = features_BND.astype(mx.float32)[:, None]
-    at_once, moved_BN = max(1, ROWS // (2 * N)), mx.zeros((B, N))
+    at_once, moved_BN = max(1, ROWS // (2 * B * N)), mx.zeros((B, N))
     for first in range(0, directions, at_once):
         shift_n1D = shift_mD[first : first + at_once, None]
         both = mx.concatenate([x_B1ND + shift_n1D, x_B1ND - shift_n1D], axis=1)

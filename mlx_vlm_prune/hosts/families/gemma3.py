@@ -16,8 +16,8 @@ from .cut_tower import CutTowerHost
 class Gemma3Host(CutTowerHost):
     language_layers_class = Gemma3Layers
     limits = (
-        "between the language model's layers prompts must be shorter than its window, and `pact`"
-        " is refused"
+        "between the language model's layers prompts must be shorter than its window, and"
+        " `pact` and `lookahead` are refused"
     )
 
     @property

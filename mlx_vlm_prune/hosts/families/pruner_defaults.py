@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from ...pruners import Pipeline, Pruner, plan
 from ..host import Host
 
-# A level of grey where pixels are divided by deviations of 0.5, as for SigLIP.
+# A level of grey, where no processor is known: pixels divided by deviations of 0.5, as for SigLIP.
 SIGLIP_LEVEL = {"docprune": {"level": 1 / 255 / 0.5}}
 # By model_type, then by method.
 PRUNER_DEFAULTS: dict[str, Mapping[str, Mapping[str, Any]]] = {
@@ -38,9 +40,15 @@ def plan_for_host(
     """A chain with the model's own learned weights, and with `untrained` ones, by method; None
     prunes nothing."""
     spec = "none" if spec is None else spec
-    return with_family_defaults(plan(spec, {**host.learned, **untrained}), host.kind)
+    pipeline = plan(spec, {**host.learned, **untrained})
+    return with_family_defaults(pipeline, host.kind, host.processor)
 
 
-def with_family_defaults(pipeline: Pipeline, kind: str) -> Pipeline:
-    """The methods with the defaults of a family; options that are given stay as they are."""
-    return pipeline.with_defaults(PRUNER_DEFAULTS.get(kind, {}))
+def with_family_defaults(pipeline: Pipeline, kind: str, processor: Any = None) -> Pipeline:
+    """The methods with the defaults of a family, and a level of grey as the processor makes it;
+    options that are given stay as they are."""
+    defaults = PRUNER_DEFAULTS.get(kind, {})
+    deviations = getattr(getattr(processor, "image_processor", None), "image_std", None)
+    if deviations is not None:
+        defaults = {**defaults, "docprune": {"level": 1 / 255 / float(np.mean(deviations))}}
+    return pipeline.with_defaults(defaults)

@@ -276,7 +276,9 @@ def joined(parts: Sequence[Encoded]) -> Encoded:
         names, marks = reductions[0].parts, [one.is_finite for one in reductions]
         rows = {name: mx.concatenate([one.parts[name] for one in reductions]) for name in names}
         is_finite = mx.stack([mark for mark in marks if mark is not None]).all()
-        kept = Reduction(**rows, is_finite=is_finite)
+        scores = [one.score_BN for one in reductions if one.score_BN is not None]
+        score_BN = mx.concatenate(scores) if len(scores) == len(reductions) else None
+        kept = Reduction(**rows, is_finite=is_finite, score_BN=score_BN)
     cls_BD = mx.concatenate([one for one in cls if one is not None]) if cls[0] is not None else None
     return Encoded(parts[0].signals.replace(**signals), kept, cls_BD)
 
