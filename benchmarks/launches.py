@@ -83,6 +83,9 @@ def of_method(pruner: Pruner, rows: int, K: int, *, fuse: bool = True) -> Counte
             next_keys_BND=signals.x_BND, text_keys_BTD=text_BTD, last_attention_BN=share_BN,
             next_attention_BN=share_BN, mean_attention_BN=share_BN,
             entrance_BND=signals.x_BND, cls_rank_BN=share_BN,
+            held_values_BNHd=signals.values_BNHd,
+            text_values_BTHd=text_BTD.reshape(1, -1, H, D // H),
+            rotary_cosine_BN=share_BN, rotary_sine_BN=share_BN[:, ::-1],
             text_share_BT=mx.softmax(text_BTD[..., 0], axis=-1),
             text_attention_BTN=mx.broadcast_to(share_BN[:, None], (*text_BTD.shape[:2], N)),
         )  # fmt: skip

@@ -65,7 +65,8 @@ def random_signals(N: int, grid: tuple[int, int], D: int) -> Signals:
         cls_key_BHd=normal(1, H, D // H), features_BND=normal(1, N, D),
         queries_BNHd=normal(1, N, H, D // H), keys_BNHd=normal(1, N, H, D // H),
         values_BNHd=normal(1, N, H, D // H), cls_value_BHd=normal(1, H, D // H),
-        layer_attention_BN=share_BN, cls_row_BN=share_BN, grey_BNP=normal(1, N, 196),
+        sensitivity_BN=share_BN, layer_attention_BN=share_BN, cls_row_BN=share_BN,
+        grey_BNP=normal(1, N, 196),
         pixels_BND=normal(1, N, 588), patches_BND=normal(1, N, D), before_BND=normal(1, N, D),
         text_BTD=normal(1, TEXT_TOKENS, D), text_real_BT=mx.ones((1, TEXT_TOKENS), dtype=mx.bool_),
     )  # fmt: skip

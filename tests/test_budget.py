@@ -249,7 +249,7 @@ class LearnedPool:
 
 class Dynamic:
     name = spec = "mlp:dynamic"
-    has_dynamic_budget, trained_tokens = True, None
+    has_dynamic_budget, trained_tokens, enhancer = True, None, None
 
 
 # The command line.

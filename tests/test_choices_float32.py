@@ -216,6 +216,11 @@ def assert_parity(spec: str, pruner: Pruner, tokens: Signals, K: int, monkeypatc
     for b, (exact_K, near_K) in enumerate(zip(exact_BK, near_BK, strict=True)):
         if pruner.enhancer or pruner.name in ROUNDING:
             rounded_BK = kept_by_rounding_more(pruner, tokens, K, monkeypatch)
+            if pruner.name == "ivc_prune" and (near_BK != rounded_BK).any():
+                # Of the same seeds: what follows them has one score.
+                score_N = scores_of(pruner, tokens, K, monkeypatch)[b]
+                assert_near(score_N, set(exact_K.tolist()), set(near_K.tolist()))
+                continue
             np.testing.assert_array_equal(near_BK, rounded_BK)
         elif pruner.name == "window_merge":
             swapped = set(exact_K.tolist()) ^ set(near_K.tolist())

@@ -309,9 +309,9 @@ def test_the_reference_takes_the_counted_operations_too(spec, monkeypatch):
     same = {f: getattr(tiny.VISION, f) for f in SIZES}
     text = MiniMindConfig(48, 64, 3, 4, 2, tiny.TEXT.vocab_size)
     counted = count(VLMConfig(CLIPConfig(**same), text), TEXT_TOKENS, plan(spec), K)
-    counter.count_as_selection(monkeypatch, torch_ref.models.vlm, "reduce")
+    counter.count_as_selection(monkeypatch, torch_ref.models.vlm, "choose")
     counter.count_as_selection(monkeypatch, torch_ref.models.towers.signals.Encoded, "read", "cut")
-    counter.count_as_selection(monkeypatch, torch_ref.models.decoder, "reduce", "signals")
+    counter.count_as_selection(monkeypatch, torch_ref.models.decoder, "choose", "signals")
     counter.count_as_selection(monkeypatch, torch_ref.pruners.Reduction, "tokens", "after")
     with torch.no_grad(), Operators(counter):
         vlm.prefill(*vlm.embed([prompt(tiny.N, tiny.IMAGE)], torch.randn(1, 3, 64, 64), spec, K))

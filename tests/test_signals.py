@@ -79,12 +79,17 @@ SIGNALS_OF_NEED = {  # what a host hands over for a need, where it is not a row 
     "held_keys": ["keys_BND", "text_keys_BTD"],
     "normed": ["normed_BND", "text_BTD", "text_real_BT"],
     "text_attention": ["text_attention_BTN"], "text_share": ["text_share_BT", "text_real_BT"],
-    "mean_attention": ["mean_attention_BN", "next_keys_BND"],
+    "mean_attention": ["mean_attention_BN", "next_keys_BND"], "grey": ["grey_BNP"],
+    "values": ["values_BNHd"], "cls_value": ["cls_value_BHd"], "entrance": ["entrance_BND"],
+    "held_values": ["held_values_BNHd", "text_values_BTHd", "text_real_BT"],
+    "rotation": ["rotary_cosine_BN", "rotary_sine_BN"],
 }  # fmt: skip
 
 
 def signals_needed(method) -> set[str]:
-    return {name for need in method.needs for name in SIGNALS_OF_NEED.get(need, [f"{need}_BN"])}
+    names = {name for need in method.needs for name in SIGNALS_OF_NEED.get(need, [f"{need}_BN"])}
+    # Which words are real comes with their attention; of methods that read it one asks.
+    return names | ({"text_real_BT"} if method.name == "dual_attention" else set())
 
 
 def missing_signals(prune, signals_) -> set[str]:

@@ -35,7 +35,7 @@ needs: dict[str, str | None] = {"held_values": None, "rotation": None}
 ROWS_AT_ONCE = 64  # whose likeness to all tokens is held
 
 
-def schedule(layers: int, N: int, K: int, *, layer: float = 2 / 28) -> dict[int, int]:
+def schedule(layers: int, N: int, K: int, *, layer: float = 0.07) -> dict[int, int]:
     """One cut."""
     return one_cut(layers, N, K, layer)
 

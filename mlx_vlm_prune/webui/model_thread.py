@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 from ..checkpoints.errors import UserError
 from ..checkpoints.reading.paths import expand_home
 from ..evaluation.sweep_cases import swept_model
+from ..machine.threads import computing
 from ..models.vlm import VLM
 from ..pruners import METHODS, PRESETS
 from ..pruners.contract import Stage
@@ -40,7 +41,8 @@ class ModelThread:
 
     def close(self) -> None:
         """End, once what was begun is done."""
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.submit(computing(lambda: None))  # behind all that the thread has computed
+        self._pool.shutdown()
 
     def pieces(self, stream: Generator[T, None, None]) -> Iterator[T]:
         """The pieces of a stream, each computed when it is read. Raises what the stream raises."""

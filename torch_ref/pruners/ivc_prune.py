@@ -14,7 +14,7 @@ from .numerics import highest
 needs: dict[str, str | None] = {"held_values": None, "rotation": None}
 
 
-def schedule(layers: int, N: int, K: int, layer: float = 2 / 28) -> dict[int, int]:
+def schedule(layers: int, N: int, K: int, layer: float = 0.07) -> dict[int, int]:
     return one_cut(layers, N, K, layer)
 
 
