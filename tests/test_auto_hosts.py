@@ -68,14 +68,14 @@ def test_an_evaluation_of_the_model_comes_before_the_order(home, loaded):
     rows = [
         {"pruner": name, "tokens": tokens, "of": 100, "overall": figure}
         for name, tokens, figure in (
-            ("none", 100, 0.9), ("random", 25, 0.5), ("norm", 25, 0.4), ("tome", 25, 0.95),
+            ("none", 100, 0.9), ("random", 25, 0.5), ("norm", 25, 0.4), ("zoo_prune", 25, 0.95),
             ("fastv:layer=0.5", 25, 0.85), ("apet", 25, 0.8), ("divprune", 25, 0.7),
         )
     ]  # fmt: skip
     about = {"questions": "mine", "question_set": "0123", "count": 60, "date": "2026-11-27"}
     remember(home / "qwen2_5_vl", about | {"rows": rows})
     choice = choose(facts_of(model, processor), 0.25, None)
-    assert choice.pruner == "fastv:layer=0.5"  # tome has no place in that tower
+    assert choice.pruner == "fastv:layer=0.5"  # zoo_prune has no projector to ask
     assert "85.0% right with 0.25 of the tokens in the evaluation of this model" in choice.line
     assert choose(facts_of(model, processor, is_batched=True), None, 25).pruner == "apet"
     with pruned(model, keep_ratio=0.25) as report:

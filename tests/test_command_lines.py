@@ -228,6 +228,7 @@ def test_an_error_in_python_names_the_parameter(options, start):
 
 SPEAK_FLAGS = (
     "generate.py", "evaluate.py", "explore.py", "sweep.py", "advise.py", "__main__.py",
+    "command_budget.py",
 )  # fmt: skip  # the commands
 
 

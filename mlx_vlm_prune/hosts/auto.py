@@ -13,7 +13,7 @@ from ..checkpoints.errors import UserError
 from ..generation.request import Request
 from ..generation.result import GenerationResponse, GenerationResult
 from ..generation.stream import default_pruner, pipeline_for
-from ..inputs.budget import budget, tokens_for
+from ..inputs.budget import budget, check_budget, tokens_for
 from ..inputs.image import open_image
 from ..machine.clock import Timings
 from ..models.adapters import adapters
@@ -56,6 +56,7 @@ def with_method(
     """
     if not is_auto(model, request):
         return request, None
+    check_budget(request.keep_ratio, request.keep_tokens)
     if not request.images:
         return replace(request, pruner="none", keep_ratio=None, keep_tokens=None), None
     prompt = request.prompt if request.caution else None
