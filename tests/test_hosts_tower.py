@@ -94,6 +94,15 @@ def test_tokens_that_come_back_are_those_of_a_loop(models, name):
             np.testing.assert_allclose(np.array(ours[0]), theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "paligemma", "llava"])
+def test_what_a_decoder_method_ranks_by_is_of_all_tokens_that_come_back(models, name):
+    model, inputs = models(name), prompt(models, name, 1)
+    (view,) = views_of(model, inputs, "ipcv+dual_attention:behind=false", 0.5)
+    attention_1N = np.array(view.signals.cls_attention_BN)
+    assert view.kept is None and attention_1N.shape == (1, view.N)
+    assert np.isfinite(attention_1N).all() and (attention_1N > 0).all()
+
+
 @pytest.mark.parametrize("wrong", ["windows", "angles"])
 def test_windows_or_rotations_that_stay_behind_would_not_pass(models, wrong):
     model, inputs = models("qwen2_5_vl"), prompt(models, "qwen2_5_vl", 1)
