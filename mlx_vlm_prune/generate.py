@@ -94,9 +94,9 @@ def stream_generate(
     "NAME+NAME", keeps K of an image's N visual tokens (a decoder method: on average) by
     `keep_ratio` or `keep_tokens`, half without either. By default it is what the checkpoint was
     trained with inside, else with a budget "auto", which chooses one, and without "none". With
-    `caution` "auto" keeps more where a prompt asks for reading, counting or places. `positions` are
-    the paper's. `sampler` and `logits_processors` are mlx-lm's; a sampler replaces `temperature` (0
-    is greedy), `top_p`, `top_k`, `min_p` and `seed`. These, and `repetition_penalty` of the latest
+    `caution` "auto" keeps more for documents, reading, counting and places. `positions` are the
+    paper's. `sampler` and `logits_processors` are mlx-lm's; a sampler replaces `temperature` (0 is
+    greedy), `top_p`, `top_k`, `min_p` and `seed`. These, and `repetition_penalty` of the latest
     `repetition_context_size` tokens, are mlx-lm's own; `temperature` and `top_p` need no mlx-lm.
     `eos_tokens` end an answer beside the model's. A twig may guess `num_draft_tokens` ahead.
     `max_pixels` limits images; larger JPEGs are scaled. `allow_url` allows public http(s) URLs.
@@ -138,8 +138,9 @@ def batch_generate(
 
     `images` has an entry for each prompt: an image, several, or None. The options are those of
     `stream_generate`; num_draft_tokens is for one prompt. A model of ours reads all prompts at
-    once, so memory grows with their number, and all wait for the longest answer: times, speeds and
-    `peak_memory` are of the batch, `cache_bytes` an equal share of its padded cache.
+    once that have the same method and budget, which "auto" may choose for each: memory grows with
+    their number, and these wait for the longest answer. Times, speeds and `peak_memory` are of
+    such a batch, `cache_bytes` an equal share of its padded cache.
     mlx-vlm's models answer one after another. Raises UserError, which names a prompt that is at
     fault by its number, from 1.
     """
@@ -183,9 +184,9 @@ def run(args: argparse.Namespace) -> None:
         _check_has_pruner(args, args.pruner or "none")
     model, processor = load_model(args)
     _check_has_pruner(args, args.pruner or default_pruner(model))
+    budget, choice, why = budget_of(args, model, processor, prompt, limits)
     options = decoding_options(args)
     options |= {"image": args.image, "num_draft_tokens": args.num_draft_tokens}
-    budget, choice, why = budget_of(args, model, processor, prompt, limits)
     if choice and not choice.reason and args.verbose:
         print(choice)
     compares = args.compare and budget["pruner"] != "none"

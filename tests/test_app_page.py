@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -53,6 +54,13 @@ def page(tmp_path_factory):
         asyncio.set_event_loop(None)
         gc.collect()
     return shown
+
+
+def test_a_model_that_was_trained_for_one_number_begins_with_auto(page, monkeypatch):
+    """Its own method would refuse what the slider shows at first."""
+    model = page.models.open(BUILT_IN).model
+    monkeypatch.setattr(model, "config", replace(model.config, pruner=("attention_pool", 49)))
+    assert page.open_model(BUILT_IN)[page.pruner].value == "auto"
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ def test_the_largest_evaluation_holds_and_one_that_says_nothing_does_not(folder)
     assert "by the published order" in choose(facts(folder), 0.5, None).line
     remember(folder, evaluation([ROWS[0] | {"overall": 0.0}, *ROWS[1:]], 21))
     assert "by the published order" in choose(facts(folder), 0.5, None).line
-    other = [ROWS[0], row("random", 50, 0.5), row("e", 50, 0.9)]
+    other = [ROWS[0], row("random", 50, 0.5), *(row(name, 50, 0.9) for name in "efg")]
     remember(folder, evaluation(other, 60) | {"question_set": "4567"})
     assert choose(facts(folder), 0.5, None).pruner == "e"
     remember(folder, evaluation(count=100))
@@ -149,6 +149,17 @@ def test_the_largest_evaluation_holds_and_one_that_says_nothing_does_not(folder)
     for path in (cache_folder() / "evaluations").iterdir():
         path.write_text('{"rows": [{"pruner": 1}]}')
     assert "by the published order" in choose(facts(folder), 0.5, None).line
+
+
+def test_an_evaluation_of_few_methods_does_not_replace_the_order(folder):
+    """What `evaluate --pruner auto` writes: a row of what was chosen, and baselines."""
+    chosen = row("auto", 50, 0.97) | {"chosen": "a"}
+    remember(folder, evaluation([*ROWS[:5], chosen]))
+    assert "by the published order" in choose(facts(folder), 0.5, None).line
+    others = [row("b", 50, 0.95), row("c", 50, 0.9)]
+    remember(folder, evaluation([*ROWS[:5], chosen, *others]))
+    choice = choose(facts(folder), 0.5, None)
+    assert choice.pruner == "a" and "97.0% right" in choice.line
 
 
 def test_a_calibration_decides_among_those_alike_and_nothing_is_pruned_without_a_gain(folder):
@@ -163,6 +174,7 @@ def test_a_calibration_decides_among_those_alike_and_nothing_is_pruned_without_a
     calibration(folder, "b", (0.1, 120.0), (0.5, 150.0), (1.0, 100.0))
     assert choose(known, 0.5, None).pruner == "c"
     calibration(folder, "c", (0.1, 90.0), (0.5, 110.0), (1.0, 100.0))
+    calibration(folder, "norm", (0.5, 70.0), (1.0, 100.0))  # which is no candidate
     choice = choose(known, 0.5, None)
     assert (choice.pruner, choice.keep_ratio, choice.keep_tokens) == ("none", None, None)
     assert "nothing is gained: by the calibrations of this machine" in choice.line
@@ -181,6 +193,23 @@ def test_a_calibration_of_another_machine_says_nothing(folder):
     content["about"]["machine"]["cpu"] = "another"
     file.write_text(json.dumps(content))
     assert choose(facts(folder), 0.5, None).pruner == "a"
+
+
+def test_a_calibration_of_another_dtype_says_nothing(folder):
+    remember(folder, evaluation())
+    calibration(folder, "a", (0.5, 150.0), (1.0, 100.0))  # in float16
+    assert choose(replace(facts(folder), dtype=mx.float16), 0.5, None).pruner != "a"
+    assert choose(replace(facts(folder), dtype=mx.float32), 0.5, None).pruner == "a"
+
+
+def test_a_file_is_read_once_until_it_changes(folder, monkeypatch):
+    remember(folder, evaluation())
+    assert choose(facts(folder), 0.5, None).pruner == "a"
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_vlm_prune.pruners.auto.evidence.read_json", None)
+        assert choose(facts(folder), 0.5, None).pruner == "a"
+    remember(folder, evaluation([row for row in ROWS if row["pruner"] != "a"], 3000))
+    assert choose(facts(folder), 0.5, None).pruner == "b"
 
 
 ORDER = {
@@ -252,6 +281,16 @@ def test_all_tokens_or_a_wrong_budget():
     for budget in ((0.0, None), (None, 0), (0.5, 5)):
         with pytest.raises(UserError):
             choose(known, *budget)
+
+
+def test_an_image_may_have_more_tokens_than_those_that_were_evaluated(folder):
+    remember(folder, evaluation())  # with 100 each
+    calibration(folder, "a", (0.5, 60.0), (1.0, 100.0))
+    choice = choose(facts(folder), None, 300)
+    assert (choice.pruner, choice.keep_tokens) == ("a", 300)
+    assert "with 0.5 of the tokens in the evaluation" in choice.line
+    assert choose(facts(folder), 1.0, None).pruner == "none"
+    assert choose(facts(folder, N=100), None, 300).pruner == "none"
 
 
 def test_it_is_a_name_but_no_method():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from mlx_vlm_prune import Chat, batch_generate, generate, load, stream_generate
 from mlx_vlm_prune.chat import Session
@@ -12,6 +13,7 @@ from mlx_vlm_prune.explore import main as explore
 from mlx_vlm_prune.generate import main as generate_main
 from mlx_vlm_prune.hosts import auto
 from mlx_vlm_prune.hosts.auto import Why, noted
+from mlx_vlm_prune.inputs import image as image_files
 from mlx_vlm_prune.planning import auto_budgets, command_budget
 from mlx_vlm_prune.planning.auto_budgets import choose_within
 from mlx_vlm_prune.planning.budgets import Budget, BudgetChoice
@@ -72,6 +74,8 @@ def test_a_page_keeps_more_and_is_opened_once(scenes, tmp_path, monkeypatch):
     assert again.visual_tokens_kept == 22 and opened == [1]
     with pytest.raises(UserError, match=r"prompt 2 of 2: there is no image file"):
         batch_generate(*scenes, [COLOUR] * 2, [SCENES[0], "no.png"], keep_tokens=22)
+    with pytest.raises(UserError, match=r"prompt 2 of 2: there is no image file"):
+        batch_generate(*scenes, [COLOUR, COUNT], [SCENES[0], "no.png"], keep_tokens=22)
 
 
 def test_what_is_named_stays_and_nothing_is_pruned_without_a_budget(scenes):
@@ -128,6 +132,21 @@ def test_on_the_command_line_a_note_and_the_json_say_why(tmp_path, capsys):
     assert json.loads((tmp_path / "a.json").read_text())["auto"] is None
 
 
+def test_on_the_command_line_a_file_is_decoded_once(tmp_path, capsys, monkeypatch):
+    SCENES[0].save(tmp_path / "a.png")
+    decoded, decode = [], image_files._decode
+
+    def counted(source, *more):
+        decoded.extend([source] if not isinstance(source, Image.Image) else [])
+        return decode(source, *more)
+
+    monkeypatch.setattr(image_files, "_decode", counted)
+    monkeypatch.setattr("mlx_vlm_prune.generate.warn_of_photographs", lambda *_: None)
+    generate_main(["--image", str(tmp_path / "a.png"), "-p", COLOUR, "--keep-ratio", "0.25",
+                   "--max-tokens", "1"])  # fmt: skip
+    assert "Visual tokens: 196 -> 49" in capsys.readouterr().out and len(decoded) == 1
+
+
 class Fitting:
     """`keep_within` of made-up calibrations: what each method's K is; 0 for none that fits."""
 
@@ -170,6 +189,23 @@ def test_a_method_below_a_baseline_at_that_number_gives_way(scenes, monkeypatch)
     choice, line = choose_within(*scenes, fitting := Fitting(a=20, b=39))
     assert (choice.pruner, choice.K, fitting.names) == ("b", 39, ["a", "b"])
     assert line == "auto: b: at 0.20"
+
+
+def test_a_second_method_that_misses_the_budget_leaves_the_first(scenes, monkeypatch):
+    monkeypatch.setattr(
+        auto_budgets, "choose", lambda facts, ratio, tokens, is_timed, in_tower=False:
+        AutoChoice("a" if ratio == 0.25 else "b", ratio, tokens, f"at {ratio:.2f}"),
+    )  # fmt: skip
+    choice, line = choose_within(*scenes, fitting := Fitting(a=20))
+    assert (choice.pruner, choice.K, fitting.names) == ("a", 20, ["a", "b"])
+    assert line == "auto: a: at 0.25"
+
+
+def test_where_no_method_can_be_chosen_a_budget_of_time_says_so(scenes, monkeypatch):
+    nothing = AutoChoice("none", None, None, "none is worth it")
+    monkeypatch.setattr(auto_budgets, "choose", lambda *_, **__: nothing)
+    with pytest.raises(UserError, match="auto: none: none is worth it; a budget of time or"):
+        choose_within(*scenes, Fitting())
 
 
 def test_a_budget_in_ms_or_gb_is_enough_on_the_command_line(tmp_path, capsys, monkeypatch):

@@ -10,6 +10,8 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.mlx_vlm_folder import RECORD
 from mlx_vlm_prune.hosts.auto import facts_of, facts_of_folder, has_cls
 from mlx_vlm_prune.machine.remembered import remember
+from mlx_vlm_prune.planning.auto_budgets import choose_within, first_method
+from mlx_vlm_prune.planning.budgets import Budget, BudgetChoice
 from mlx_vlm_prune.pruners.auto import choose
 
 from . import host_folders
@@ -68,18 +70,43 @@ def test_an_evaluation_of_the_model_comes_before_the_order(home, loaded):
     rows = [
         {"pruner": name, "tokens": tokens, "of": 100, "overall": figure}
         for name, tokens, figure in (
-            ("none", 100, 0.9), ("random", 25, 0.5), ("norm", 25, 0.4), ("zoo_prune", 25, 0.95),
-            ("fastv:layer=0.5", 25, 0.85), ("apet", 25, 0.8), ("divprune", 25, 0.7),
+            ("none", 100, 0.9), ("random", 25, 0.5), ("norm", 25, 0.4), ("zoo_prune", 25, 0.99),
+            ("tome", 25, 0.95), ("fastv:layer=0.5", 25, 0.85), ("apet", 25, 0.8),
+            ("divprune", 25, 0.7),
         )
     ]  # fmt: skip
     about = {"questions": "mine", "question_set": "0123", "count": 60, "date": "2026-11-27"}
     remember(home / "qwen2_5_vl", about | {"rows": rows})
     choice = choose(facts_of(model, processor), 0.25, None)
-    assert choice.pruner == "fastv:layer=0.5"  # zoo_prune has no projector to ask
-    assert "85.0% right with 0.25 of the tokens in the evaluation of this model" in choice.line
-    assert choose(facts_of(model, processor, is_batched=True), None, 25).pruner == "apet"
+    assert choice.pruner == "tome"  # zoo_prune has no projector to ask
+    assert "95.0% right with 0.25 of the tokens in the evaluation of this model" in choice.line
     with pruned(model, keep_ratio=0.25) as report:
-        assert report.pruner == "apet"
+        assert report.pruner == "tome"
+    # No calibration knows the times of such a tower, and no batch has methods between layers.
+    assert first_method(model, processor).pruner == "fastv:layer=0.5"
+    assert first_method(model, processor, is_batched=True).pruner == "apet"
+
+
+def test_a_time_that_cannot_be_met_names_no_method_in_the_tower(home, loaded):
+    names = []
+
+    def keep_within(name):
+        names.append(name)
+        return BudgetChoice(Budget(9), None, name, 4, 4, None, "it cannot be met")
+
+    for name, method in CHOSEN.items():
+        _, line = choose_within(*loaded[name], keep_within)
+        assert line == "auto: none: it cannot be met" and names.pop() == method and not names
+
+
+def test_options_of_a_request_leave_methods_out(home, loaded):
+    options = {"keep_ratio": 0.25, "max_tokens": 1}
+    cache = {"host_options": {"max_kv_size": 512}}
+    for name, method in (("llava", "scope"), ("qwen2_5_vl", "divprune")):
+        answer = generate(*loaded[name], "w7 w9", home / "a.png", **options, **cache)
+        assert answer.pruner == method and f"auto: {method}: " in answer.auto
+    with pytest.raises(UserError, match="positions='keep' is not possible in a llava model"):
+        generate(*loaded["llava"], "w7", home / "a.png", **options, positions="keep")
 
 
 def test_attach_takes_a_method_that_is_named_and_refuses_a_wrong_budget(loaded):

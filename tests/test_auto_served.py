@@ -13,7 +13,7 @@ from mlx_vlm_prune.webui.model_thread import BUILT_IN, ModelThread
 
 from .serving import question, serve, text_of
 
-from mlx_vlm_prune.serving.time_budget import TimeBudgets  # isort: skip - needs FastAPI
+from mlx_vlm_prune.serving.time_budget import NOT_CALIBRATED, TimeBudgets  # isort: skip - needs FastAPI
 from mlx_vlm_prune.serving.visual_budget import VisualBudget  # isort: skip
 
 CHOSEN = "divprune+restore"  # on the built-in model, tests/test_auto.py
@@ -69,6 +69,20 @@ def test_a_servers_own_budget_is_enough_without_caution_too(scenes):
     with serve(*scenes, is_pruning=True, keep_ratio=0.25, caution=False) as server:
         usage = server.chat(question(COUNT, SCENE), max_tokens=1)["usage"]
         assert (usage["pruner"], usage["visual_tokens_kept"]) == (CHOSEN, 49)
+
+
+def test_a_server_that_was_not_calibrated_chooses_nothing_by_time(served):
+    content = served.chat(question(COLOUR, SCENE), pruner="auto", budget_ms=9.0, max_tokens=1)
+    assert content["usage"]["pruner"] == "none" and "auto" not in content["usage"]
+    assert content["warnings"] == [NOT_CALIBRATED.format("no method")]
+
+
+def test_a_budget_of_time_that_no_number_meets_is_no_choice(scenes, monkeypatch):
+    monkeypatch.setattr(TimeBudgets, "calibrate", lambda self, name: vars(self).update(method=name))
+    monkeypatch.setattr(TimeBudgets, "choose", lambda *_: VisualBudget())
+    with serve(*scenes, is_pruning=True, budget_ms=9.0) as server:
+        usage = server.chat(question(COUNT, SCENE), max_tokens=1)["usage"]
+    assert usage["pruner"] == "none" and "auto" not in usage
 
 
 def test_a_budget_of_time_calibrates_the_method_that_is_chosen(scenes, monkeypatch):

@@ -3,6 +3,7 @@ by its weights, its loss and its schedule of budgets, resumes, and is used after
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import mlx.core as mx
@@ -97,6 +98,36 @@ def test_both_frameworks_read_what_either_trained(desk, capsys):
     generate([*method, *question, "--json", "a.json"])
     answer = json.loads(Path("a.json").read_text())
     assert (answer["pruner"], answer["visual_tokens_kept"]) == ("my_scorer", 20)
+
+
+def test_the_commands_of_the_page_work(desk, monkeypatch):
+    """As they stand; the data and the picture are there under their names."""
+    (block,) = re.findall(r"```console\n([^`]*my_scorer[^`]*)```", DOCS.read_text("utf-8"))
+    learns, asks = (shlex.split(line)[2:] for line in block.splitlines())
+    Path("my-data").symlink_to(".")
+    Path("photo.jpg").symlink_to("0.png")
+    train([*learns, "--iters", "1", "--batch-size", "2"])
+    generate([*asks, "--max-tokens", "1"])
+
+
+def test_a_run_in_pytorch_goes_on_with_the_same_twin_alone(desk, capsys):
+    torch_train([*desk, "--output", "theirs", "--iters", "2"])
+    twin = Path("my_scorer_torch.py")
+    twin.write_text(twin.read_text() + "\n# another version\n")
+    with pytest.raises(SystemExit) as stop:
+        torch_train([*desk, "--output", "theirs", "--iters", "4", "--resume"])
+    assert stop.value.code == 2
+    assert "was written with another version of" in capsys.readouterr().err
+
+
+def test_a_twin_does_not_replace_a_built_in_one(desk, capsys):
+    builtin = ref.METHODS["norm"]
+    for name in ("norm.py", "norm_torch.py"):
+        Path(name).write_text(Path(name.replace("norm", "my_scorer")).read_text())
+    with pytest.raises(SystemExit) as stop:
+        torch_train([*desk, "--pruner", "./norm.py", "--output", "theirs", "--iters", "1"])
+    assert stop.value.code == 2 and ref.METHODS["norm"] is builtin
+    assert "a pruner is called norm already" in capsys.readouterr().err
 
 
 def test_without_its_file_its_weights_are_left_out_and_a_note_says_so(desk, caplog):

@@ -11,7 +11,8 @@ from .errors import UserError, reason
 
 SUFFIX = ".py"
 PARENT = "mlx_vlm_prune_own"  # in the names of such modules, so that they shadow no others
-_files: dict[str, tuple[Path, str]] = {}  # by name: the file, and the SHA-256 of what was run
+# By name: the file, and the SHA-256 of it and of what was run with it.
+_files: dict[str, tuple[Path, str]] = {}
 
 
 def name_files(spec: str, name_of: Callable[[Path], str]) -> str:
@@ -28,13 +29,13 @@ def is_remembered(path: Path) -> bool:
     return _files.get(path.stem) == (path, _digest(path))
 
 
-def remember_file(path: Path) -> None:
-    """Note that a file was run, as it is now."""
-    _files[path.stem] = (path, _digest(path))
+def remember_file(path: Path, *beside: Path) -> None:
+    """Note that a file was run, as it is now, or one or more that lie beside it."""
+    _files[path.stem] = (path, _digest(path, *beside))
 
 
-def _digest(path: Path) -> str:
-    return sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
+def _digest(*paths: Path) -> str:
+    return sha256(b"".join(p.read_bytes() for p in paths if p.is_file())).hexdigest()
 
 
 def with_files(spec: str) -> str:

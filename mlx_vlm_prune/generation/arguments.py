@@ -40,6 +40,9 @@ SERVE_EPILOG = """example: mlx-vlm-prune serve --model my-model --pruner divprun
 APP_DESCRIPTION = """Chat about pictures in a browser: each question is answered with all visual
 tokens and pruned, beside what was kept. Only this machine reaches the page."""
 OF_RESIZED = f", and with --resize-shape {MOST_PIXELS:,}"  # pixels of an image
+CAUTION_HELP = (
+    "with auto keep more of documents, and where a prompt asks for reading, counting or places"
+)
 Add = Callable[..., Any]
 
 
@@ -150,7 +153,7 @@ def build_serve_parser(max_pixels: int) -> Parser:
         " `pruners` lists names (default: the"
         " checkpoint's own, else auto for requests with a budget)")
     add("--caution", action=argparse.BooleanOptionalAction, default=True,
-        help="with auto keep more where a prompt asks for reading, counting or places")
+        help=CAUTION_HELP)
     _add_budget(add)
     add("--budget-ms", dest="ms", type=float, metavar="MS",
         help="keep as many tokens as fit this time to first token, of a prompt that is read alone")
@@ -283,7 +286,7 @@ def _add_pruner(add: Add) -> None:
         " `pruners` lists names; auto chooses one and says why (default: what the checkpoint was"
         " trained with, else auto with a budget, none without)")
     add("--caution", action=argparse.BooleanOptionalAction, default=True,
-        help="with auto keep more where a prompt asks for reading, counting or places")
+        help=CAUTION_HELP)
     add("--positions", choices=("keep", "renumber"),
         help="kept tokens keep their positions, or count anew (default: as in the method's paper)")
 

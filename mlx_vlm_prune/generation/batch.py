@@ -91,22 +91,28 @@ def generate_by_budget(
     answers: dict[int, GenerationResult] = {}
     for numbers in numbers_by_budget.values():
         alike = [requests[number] for number in numbers]
-        answers |= zip(numbers, batch_generate(model, processor, alike), strict=True)
+        texts = batch_generate(model, processor, alike, numbers, len(requests))
+        answers |= zip(numbers, texts, strict=True)
     return [answers[number] for number in range(len(requests))]
 
 
 def batch_generate(
-    model: VLM, processor: Processor, requests: Sequence[Request]
-) -> list[GenerationResult]:
-    """The answers of a model of ours to requests with the same options. Raises UserError."""
+    model: VLM, processor: Processor, requests: Sequence[Request],
+    numbers: Sequence[int] | None = None, count: int | None = None,
+) -> list[GenerationResult]:  # fmt: skip
+    """The answers of a model of ours to requests with the same options. Raises UserError.
+
+    Where they are a part of `count` prompts, `numbers` are their places among these, from 0.
+    """
     if not requests:
         return []
     request, clock, prompts = requests[0], request_clock(), list[PreparedPrompt]()
     check_request(processor, request)
     pipeline = pipeline_for(model, request.pruner)
     K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
-    for number, each in enumerate(requests, 1):
-        with naming_prompt(number, len(requests)):
+    numbers, count = numbers or range(len(requests)), count or len(requests)
+    for number, each in zip(numbers, requests, strict=True):
+        with naming_prompt(number + 1, count):
             prompts.append(prepare_request(model, processor, each))
     pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
     pixels_IHW3 = clock.end_part("image", mx.concatenate(pixels)) if pixels else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from PIL import Image
 
 from ..checkpoints.errors import UserError
@@ -20,11 +21,12 @@ from ..models.adapters import adapters
 from ..models.vlm import VLM
 from ..pruners import AUTO, Pipeline
 from ..pruners.auto import AutoChoice, ModelFacts, choose
-from .compatibility import check_pipeline
+from .compatibility import check_cache_options, check_pipeline
 from .families import host_of
 from .families.llava import CLIP
 from .families.pruner_defaults import plan_for_host
 from .host import ADAPTERS, Host
+from .stream import cache_options
 
 logger = logging.getLogger("mlx_vlm_prune")
 WITH_CLIP = ("llava", "llava_next")  # families whose tower is CLIP or another
@@ -60,7 +62,8 @@ def with_method(
     if not request.images:
         return replace(request, pruner="none", keep_ratio=None, keep_tokens=None), None
     prompt = request.prompt if request.caution else None
-    start, facts, opened = time.perf_counter(), facts_of(model, processor), list[Any]()
+    start, opened = time.perf_counter(), list[Any]()
+    facts = facts_of(model, processor, request=request)
 
     def pictures() -> list[Any]:
         opened[:] = [open_image(source, request.pixel_limit) for source in request.images]
@@ -112,9 +115,13 @@ def choose_method(
     return choice
 
 
-def facts_of(model: Any, processor: Any = None, is_batched: bool = False) -> ModelFacts:
+def facts_of(
+    model: Any, processor: Any = None, is_batched: bool = False, request: Request | None = None
+) -> ModelFacts:
     """What is known of a model. What several prompts at once cannot have, a method between the
-    layers of a model of mlx-vlm's, is left out where `is_batched`."""
+    layers of a model of mlx-vlm's, is left out where `is_batched`; and so is what cannot be with
+    the positions and the cache of a `request` to one of these. Raises UserError for such options.
+    """
     if isinstance(model, VLM):
         return _facts_of_ours(model, processor)
     host = host_of(model, processor)
@@ -123,7 +130,8 @@ def facts_of(model: Any, processor: Any = None, is_batched: bool = False) -> Mod
     vision = getattr(model.config, "vision_config", None)
     return ModelFacts(
         host.kind, place and Path(place), has_cls(host.kind, getattr(vision, "model_type", None)),
-        len(host.language.layers), None, _can_host(host, is_batched),
+        len(host.language.layers), None, _can_host(host, is_batched, request),
+        host.embed(mx.array([0])).dtype,
     )  # fmt: skip
 
 
@@ -167,7 +175,7 @@ def _facts_of_ours(model: VLM, processor: Any) -> ModelFacts:
             return False
         return not any(step.has_dynamic_budget for step in pipeline.steps)
 
-    return ModelFacts(name, folder, model.tower.has_cls, depth, model.N, can)
+    return ModelFacts(name, folder, model.tower.has_cls, depth, model.N, can, model.dtype)
 
 
 def _check_number(pipeline: Pipeline, N: int, K: int, layers: int) -> None:
@@ -177,11 +185,17 @@ def _check_number(pipeline: Pipeline, N: int, K: int, layers: int) -> None:
         step.call(step.method.schedule, layers, pipeline.budgets(N, K).before_last, K)
 
 
-def _can_host(host: Host, is_batched: bool) -> Callable[[str, float | None], bool]:
+def _can_host(
+    host: Host, is_batched: bool, request: Request | None
+) -> Callable[[str, float | None], bool]:
+    positions = request.positions if request else None
+    of_cache = cache_options(request.given_host_options) if request else {}
+
     def can(spec: str, share: float | None) -> bool:
         try:
             pipeline = plan_for_host(host, spec)
-            check_pipeline(host, pipeline, None)
+            check_pipeline(host, pipeline, positions)
+            check_cache_options(host, pipeline, of_cache)
         except UserError:
             return False
         return not _has_number(pipeline) and not (is_batched and pipeline.decoder)

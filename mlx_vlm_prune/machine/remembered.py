@@ -30,8 +30,12 @@ def remember(folder: Path, result: Mapping[str, Any]) -> None:
 
 def remembered(folder: Path) -> list[Path]:
     """The evaluations kept of the model in `folder`, the largest first."""
-    paths = (cache_folder() / FOLDER).glob(f"{model_key(folder)}*.json")
-    return sorted(paths, key=_size, reverse=True)
+    return sorted(remembered_files(folder), key=_size, reverse=True)
+
+
+def remembered_files(folder: Path) -> list[Path]:
+    """The same in no order, for which no file is read."""
+    return [*(cache_folder() / FOLDER).glob(f"{model_key(folder)}*.json")]
 
 
 def _size(path: Path) -> tuple[int, int]:

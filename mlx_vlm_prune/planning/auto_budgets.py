@@ -2,42 +2,86 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from ..checkpoints.errors import UserError
+from ..generation.request import Request
+from ..generation.stream import pipeline_for
 from ..hosts.auto import facts_of
-from ..pruners.auto import AutoChoice, choose
-from .budgets import BudgetChoice
+from ..models.vlm import VLM
+from ..pruners import Stage, plan
+from ..pruners.auto import AutoChoice, ModelFacts, choose
+from ..pruners.auto.choice import NONE
+from .budgets import BudgetChoice, check_free_budget
 
 logger = logging.getLogger("mlx_vlm_prune")
 FIRST_SHARE = 0.25  # of the tokens, by which the first method is chosen
-MOST_METHODS = 3  # each of them may be calibrated, some seconds
+MOST_METHODS = 3  # behind the tower, each of which may be calibrated, some seconds
 
 
 def first_method(model: Any, processor: Any, is_batched: bool = False) -> AutoChoice:
-    """The method that is calibrated first. Whether it gains time the calibration says."""
-    return choose(facts_of(model, processor, is_batched), FIRST_SHARE, None, is_timed=False)
+    """The method that is calibrated first. Whether it gains time the calibration says.
+
+    Raises UserError where there is none.
+    """
+    return _first(facts_to_time(model, processor, is_batched))
+
+
+def facts_to_time(
+    model: Any, processor: Any, is_batched: bool = False, request: Request | None = None
+) -> ModelFacts:
+    """As `facts_of`; a model can do no method here that a calibration cannot be of."""
+    facts = facts_of(model, processor, is_batched, request)
+
+    def can(spec: str, share: float | None) -> bool:
+        if not facts.can(spec, share):
+            return False
+        if not isinstance(model, VLM):
+            return not plan(spec).at(Stage.ENCODER)
+        try:
+            check_free_budget(pipeline_for(model, spec), model.N)
+        except UserError:
+            return False
+        return True
+
+    return replace(facts, can=can)
+
+
+def _first(facts: ModelFacts) -> AutoChoice:
+    choice = choose(facts, FIRST_SHARE, None, is_timed=False)
+    if choice.pruner == NONE:
+        raise UserError(f"{choice.line}; a budget of time or memory needs a method: name one")
+    return choice
 
 
 def choose_within(
-    model: Any, processor: Any, keep_within: Callable[[str], BudgetChoice]
-) -> tuple[BudgetChoice, str]:
+    model: Any, processor: Any, keep_within: Callable[[str], BudgetChoice],
+    request: Request | None = None,
+) -> tuple[BudgetChoice, str]:  # fmt: skip
     """The choice of K by a method that is worth it at that K, and a line that says why.
 
     `keep_within` chooses K for a method. Where no method behind the tower meets the budget, one
     that shortens the tower is tried, if one is worth it. The line is logged where K meets it.
+    Raises UserError where no method can be chosen.
     """
-    facts, method = facts_of(model, processor), first_method(model, processor)
+    facts = facts_to_time(model, processor, request=request)
+    method = _first(facts)
     choice, tried = keep_within(method.pruner), {method.pruner}
     while not choice.reason and choice.K < choice.N and len(tried) < MOST_METHODS:
         better = choose(facts, choice.K / choice.N, None, is_timed=False)
-        method = better if better.pruner == method.pruner else method
-        if better.pruner in {*tried, "none"}:
+        if better.pruner == method.pruner:
+            method = better  # whose words are of this K
+        if better.pruner in {*tried, NONE}:
             break
-        method, choice = better, keep_within(better.pruner)
-        tried.add(method.pruner)
+        tried.add(better.pruner)
+        other = keep_within(better.pruner)
+        if other.reason:
+            break
+        method, choice = better, other
     if choice.reason:
         inside = choose(facts, FIRST_SHARE, None, is_timed=False, in_tower=True)
-        shorter = keep_within(inside.pruner) if inside.pruner != "none" else choice
+        shorter = choice if inside.pruner in {*tried, NONE} else keep_within(inside.pruner)
         method, choice = (method, choice) if shorter.reason else (inside, shorter)
     line = _line(choice, method)
     if not choice.reason:

@@ -45,17 +45,18 @@ def budget_of(
 ) -> tuple[dict[str, Any], BudgetChoice | None, Why | None]:
     """The method and what it keeps, as options of `generate`; the choice of K for `limits`; and why
     `auto` chose the method. Raises UserError."""
-    options = {name: getattr(args, name) for name in NAMES}
-    request = make_request(prompt, args.image, options | {"caution": args.caution})
+    flags = {name: getattr(args, name) for name in (*NAMES, "caution")}
+    request = make_request(prompt, args.image, decoding_options(args) | flags)
     if limits is None:
         request, why = with_method(model, processor, request)
+        args.image = [*request.images]  # those that are open now
         return {name: getattr(request, name) for name in NAMES}, None, why
     pruner, why = args.pruner or default_pruner(model), None
     if args.pruner is None and pruner == "none":
         request = replace(request, pruner=AUTO)
     within = partial(_keep_within, args, model, processor, prompt, limits)
     if is_auto(model, request):
-        choice, line = choose_within(model, processor, within)
+        choice, line = choose_within(model, processor, within, request)
         why = Why(line, 0.0)  # what calibrations take is no part of an answer
     else:
         choice = within(pruner)

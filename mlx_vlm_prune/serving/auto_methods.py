@@ -36,17 +36,19 @@ class AutoMethods:
 
         Raises UserError.
         """
-        budget, facts = chat.budget, facts_of(self.model, self.processor, is_batched=True)
+        budget = chat.budget
         if budget.pruner != AUTO:
             return budget, None
         if not chat.request.images:
             return VisualBudget(), None
         if budget.budget_ms is not None:
-            method = self.times.method or self.calibrated_method(AUTO)
-            return replace(budget, pruner=method), f"auto: {method}: calibrated for budget_ms"
+            method = self.times.method
+            line = f"auto: {method}: calibrated for budget_ms" if method else None
+            return replace(budget, pruner=method or self.calibrated_method(AUTO)), line
         tokens = LOW_DETAIL_TOKENS if budget.low_detail else budget.keep_tokens
         prompt = chat.request.prompt if self.has_caution and not budget.low_detail else None
         pictures: Any = chat.request.images  # which are open
+        facts = facts_of(self.model, self.processor, is_batched=True)
         choice = choose(facts, budget.keep_ratio, tokens, prompt, lambda: pictures)
         if budget.low_detail and choice.pruner != "none":
             return replace(budget, pruner=choice.pruner), choice.line

@@ -241,6 +241,8 @@ class Engine:
         assert job.prepared is not None, "it was ready"
         if budget.budget_ms is not None:
             budget = self.times.choose(job.chat, job.prepared)
+            if budget.pruner == "none":  # no number met it, or all of them do
+                job.auto = None
         prepared = _pruned(job.prepared, budget)
         return self.batch.add(job, prepared, low_detail=budget.low_detail)
 

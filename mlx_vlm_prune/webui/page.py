@@ -14,7 +14,6 @@ import gradio as gr
 
 from ..checkpoints.command_line import on_a_line, sentence_of
 from ..checkpoints.errors import reason
-from ..generation.stream import default_pruner as trained_method
 from ..pruners import AUTO, METHODS, PRESETS
 from ..scenes import HELD_OUT_SEEDS, question_set
 from .conversations import Conversation, TokenBudget, figures_line, overlay_of
@@ -72,11 +71,11 @@ class Page:
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
                 self.pruner = gr.Dropdown(
-                    menu(first), value=default_pruner(first),
+                    menu(first), value=AUTO,
                     allow_custom_value=True, label="Method",
                     info="or a chain, NAME:option=value+NAME",
                 )  # fmt: skip
-                self.about = gr.Markdown(explanation(default_pruner(first)))
+                self.about = gr.Markdown(explanation(AUTO))
             with gr.Column(scale=2, min_width=280):
                 self.unit = gr.Radio([SHARE, MILLISECONDS], value=SHARE, label="Budget")
                 self.percent = gr.Slider(
@@ -179,7 +178,7 @@ class Page:
         """Begin anew with another model; a mistake is a sentence, and the conversation goes on."""
         try:
             opened = self.models.open(name or "")
-            methods = gr.Dropdown(menu(opened), value=default_pruner(opened))
+            methods = gr.Dropdown(menu(opened), value=AUTO)
             new = self._new(self._conversation_with(opened))
         except Exception as problem:
             return {self.notice: notice(fault_text(problem))}
@@ -239,12 +238,6 @@ def model_label(opened: OpenModel) -> str:
 def menu(opened: OpenModel) -> list[tuple[str, str]]:
     """`auto`, and the methods of a model, each with what it does."""
     return [(f"{name}: {explanation(name)}", name) for name in (AUTO, *opened.methods)]
-
-
-def default_pruner(opened: OpenModel) -> str:
-    """The method that is chosen at first: what the checkpoint was trained with, else `auto`."""
-    trained = trained_method(opened.model)
-    return AUTO if trained == "none" else trained
 
 
 def explanation(spec: str | None) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.user_module import (
     SUFFIX,
+    file_digests,
     load_user_module,
     name_files,
     remember_file,
@@ -31,6 +32,8 @@ def _registered(path: Path) -> str:
         raise UserError(f"{twin.name} has stage {stage!r}; there are {', '.join(STAGES)}")
     if not callable(getattr(module, "prune", getattr(module, "make_weights", None))):
         raise UserError(f"{twin.name} has no prune(signals, K, *, options), nor make_weights")
+    if path.stem in METHODS and path.stem not in file_digests():
+        raise UserError(f"a pruner is called {path.stem} already; choose another name")
     METHODS[path.stem] = STAGES[stage][path.stem] = module
-    remember_file(path)
+    remember_file(path, twin)  # a run goes on with the same two
     return path.stem

@@ -7,10 +7,12 @@ an evaluation the published order holds. Nothing is pruned where all tokens stay
 calibrations of this machine say that the first token would come no sooner.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
 
 from ...inputs.budget import DEFAULT_KEEP_RATIO, check_budget
 from .. import METHODS, PRESETS
@@ -31,7 +33,7 @@ class ModelFacts:
     `kind` is its family, `folder` the place whose evaluations and calibrations hold for it (None
     for none), `layers` those of its language model, `N` the visual tokens of every image, None
     where images differ. `can` says whether it can do a method at a share of the tokens (None: not
-    known yet).
+    known yet). Only calibrations of its `dtype` hold, any where that is not known.
     """
 
     kind: str
@@ -40,6 +42,7 @@ class ModelFacts:
     layers: int
     N: int | None
     can: Callable[[str, float | None], bool]
+    dtype: mx.Dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,10 @@ def choose(
     evidence = evidence_of(facts.folder)
     share = _share(keep_ratio, keep_tokens, facts.N or (evidence.tokens if evidence else None))
     if share is not None and share >= 1:
-        return AutoChoice(NONE, None, None, "all visual tokens stay")
-    times = first_tokens(facts.folder) if is_timed else {}
+        if keep_ratio is not None or facts.N or not evidence:
+            return AutoChoice(NONE, None, None, "all visual tokens stay")
+        share = evidence.shares[-1]  # an image may have more tokens than those evaluated
+    times = first_tokens(facts.folder, facts.dtype) if is_timed else {}
     if evidence and share is not None:
         pruner, why = by_evidence(facts, evidence, share, times, in_tower)
     else:
@@ -117,8 +122,10 @@ def by_evidence(
         if name != NONE and works_in_tower(name) >= in_tower and facts.can(name, share):
             worth[name] = figure
     sooner = {name: worth[name] for name in worth if not _is_slow(name, share, times)}
+    if not worth:
+        return NONE, f"none is worth it in {evidence.about}"
     if not sooner:
-        return NONE, _no_gain(share, times) if worth else f"none is worth it in {evidence.about}"
+        return NONE, _no_gain(share, times, worth)
     best = max(sooner.values())
 
     def preference(name: str) -> tuple[float, float]:
@@ -147,7 +154,7 @@ def by_order(
         line for line in able if share is None or not _is_slow(line.pruner, share, times)
     ]  # fmt: skip
     if not sooner and able and share is not None:
-        return NONE, _no_gain(share, times)
+        return NONE, _no_gain(share, times, (line.pruner for line in able))
     if not sooner:
         return NONE, "no method of the published order works in this model"
     return sooner[0].pruner, (
@@ -174,10 +181,9 @@ def _is_slow(name: str, share: float, times: Mapping[str, FirstToken]) -> bool:
     return name in times and times[name].relative(share) >= 1
 
 
-def _no_gain(share: float, times: Mapping[str, FirstToken]) -> str:
-    name, part = min(
-        ((name, each.relative(share)) for name, each in times.items()), key=lambda pair: pair[1]
-    )
+def _no_gain(share: float, times: Mapping[str, FirstToken], names: Iterable[str]) -> str:
+    """What is said where each of these methods is slow."""
+    part, name = min((times[name].relative(share), name) for name in names)
     return (
         f"nothing is gained: by the calibrations of this machine the first token takes {part:.0%}"
         f" of its time with {share:.3g} of the tokens ({name})"

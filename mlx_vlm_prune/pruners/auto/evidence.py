@@ -8,15 +8,18 @@ installation knows of the built-in model lies in scenes/evaluation.json, which
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ...checkpoints.errors import UserError
 from ...checkpoints.reading.files import read_json
-from ...machine.remembered import FEWEST, remembered
+from ...machine.remembered import FEWEST, remembered_files
 from ...scenes import CHECKPOINT, EVALUATION
 from ..spec import AUTO
 
+# Methods that are no baseline: of fewer an evaluation does not say which is best.
+FEWEST_METHODS = 3
 BASELINES = ("random", "uniform", "avgpool", "downsample")  # below which no method is chosen
 # What a file may have in place of a result.
 DAMAGED = (UserError, KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError)
@@ -43,8 +46,10 @@ class Evidence:
         (full, *_) = (row for row in rows if row["pruner"] == "none")
         for row in rows:
             share, figure = round(row["tokens"] / row["of"], 4), float(row["overall"])
-            if share < 1 and row["pruner"] != AUTO and math.isfinite(figure):
-                by_share.setdefault(share, {})[str(row["pruner"])] = figure
+            # A row of `auto` is one of the method that it chose.
+            name = row.get("chosen", AUTO) if row["pruner"] == AUTO else row["pruner"]
+            if share < 1 and name != AUTO and math.isfinite(figure):
+                by_share.setdefault(share, {})[str(name)] = figure
         ascending = {share: by_share[share] for share in sorted(by_share)}
         date = str(result.get("date", ""))[:10]
         count, questions = int(result["count"]), str(result["questions"])
@@ -54,7 +59,9 @@ class Evidence:
     @property
     def says_something(self) -> bool:
         """Are there enough questions, right answers, and methods?"""
-        return self.count >= FEWEST and self.full > 0 and bool(self.by_share)
+        names = {name for figures in self.by_share.values() for name in figures}
+        is_enough = len(names - {*BASELINES}) >= FEWEST_METHODS
+        return self.count >= FEWEST and self.full > 0 and is_enough
 
     @property
     def about(self) -> str:
@@ -123,7 +130,7 @@ def evidence_of(folder: Path | None) -> Evidence | None:
     if folder is None:
         return None
     try:
-        paths = remembered(folder)
+        paths = remembered_files(folder)
     except UserError:  # a folder without weights
         paths = []
     if folder.resolve() == CHECKPOINT.resolve():
@@ -133,7 +140,16 @@ def evidence_of(folder: Path | None) -> Evidence | None:
 
 
 def _read(path: Path) -> Evidence | None:
-    """A file's evidence; None where it is damaged, or is not there."""
+    """A file's evidence; None where it is damaged, or is not there. Each request asks."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return _read_version(path, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+
+
+@lru_cache(maxsize=64)
+def _read_version(path: Path, *version: int) -> Evidence | None:
     try:
         return Evidence.of(read_json(path, most=None))
     except DAMAGED:

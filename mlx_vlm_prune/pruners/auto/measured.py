@@ -53,8 +53,9 @@ class FirstToken:
         return float(np.interp(share, self.shares, self.ms)) / self.ms[-1]
 
 
-def first_tokens(folder: Path | None) -> dict[str, FirstToken]:
-    """By method, what calibrations of the model in `folder` say that are valid here and now."""
+def first_tokens(folder: Path | None, dtype: mx.Dtype | None = None) -> dict[str, FirstToken]:
+    """By method, what calibrations say of the model in `folder`, in any dtype where none is given,
+    that were made on this machine with this software."""
     times: dict[str, FirstToken] = {}
     try:
         key = model_key(folder) if folder else None
@@ -64,7 +65,8 @@ def first_tokens(folder: Path | None) -> dict[str, FirstToken]:
         try:
             content = read_json(path, most=None)
             about = content["about"]
-            if about == environment(mx.float32) | {"dtype": about["dtype"]}:
+            expected = about["dtype"] if dtype is None else str(dtype)
+            if about == environment(mx.float32) | {"dtype": expected}:
                 times[str(content["pruner"])] = FirstToken.of(content)
         except DAMAGED:
             continue
