@@ -262,11 +262,17 @@ def test_methods_of_a_tower_stand_in_the_order_of_their_layers(pair):
             pair.ours([tiny.row("# ?")], pixels, plan(spec), K)
 
 
-def test_a_number_of_stages_is_bounded(pair):
+def test_options_that_cost_more_the_larger_they_are_have_a_bound(pair):
     for name in ("illava_tower", "illava_decoder", "pyramiddrop"):
         with pytest.raises(UserError, match=f"{name}: stages is 101; it is 1 to 100"):
             step = plan(f"{name}:stages=101").steps[0]
             step.call(step.method.cuts or step.method.schedule, 24, 16, 9)
+    with pytest.raises(UserError, match="restore: dims is 2 to 1024"):
+        chain = plan("norm+restore:dims=1025")
+        pair.ours([tiny.row("# ?")], mx.array(pair.pixels[:1]), chain, K)
+    with pytest.raises(UserError, match="lookahead: boost is 16; it is 0 to 15"):
+        chain = plan("lookahead:boost=16")
+        pair.ours([tiny.row("# ?")], mx.array(pair.pixels[:1]), chain, K)
 
 
 def test_what_ranks_by_cls_is_refused_behind_mixtures(pair):

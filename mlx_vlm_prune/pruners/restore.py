@@ -26,7 +26,7 @@ mlx-vlm's models, whose layers share a mask.
 Options:
     strength: factor of the added attention; 1 is the paper's
     theta: base of a rotary embedding, above 1: 1e4 whatever the language model's own, as in theirs
-    dims: size of the heads that it turns, 2 or more: 128 whatever the model's, as in theirs
+    dims: size of the heads that it turns, 2 to 1024: 128 whatever the model's, as in theirs
     decay: whether distance counts; else a dropped token counts as one, and rows add nothing
     nearby: a dropped token counts for the kept one next to it in the row, of two the first
     published: as the authors' code does: half of K are means of what the selector drops
@@ -43,6 +43,7 @@ from .numerics import choosing, keep_highest, keep_marked, mask_of, rounded
 from .rows import cosine_rows, nearest_slots
 
 stage = Stage.ENHANCER
+MOST_DIMS = 1024  # of a head
 
 
 def calibrates(*, published: bool = False, nearby: bool = False) -> bool:
@@ -144,8 +145,8 @@ def calibration(
 
 def check_rotation(theta: float, dims: int) -> None:
     """Raise ValueError for a rotary embedding that there is not."""
-    if dims < 2 or theta <= 1:
-        raise ValueError("dims is at least 2, and theta above 1")
+    if not 2 <= dims <= MOST_DIMS or theta <= 1:
+        raise ValueError(f"dims is 2 to {MOST_DIMS}, and theta above 1")
 
 
 def rotary_decay(N: int, theta: float, dims: int) -> mx.array:
