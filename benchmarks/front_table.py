@@ -99,7 +99,8 @@ def _measurement(accuracy: dict[str, Any], speed: dict[str, Any]) -> str:
     return (
         f"Right answers of {accuracy['count']:,} questions, measured on {accuracy['date'][:10]} by"
         " `python -m mlx_vlm_prune.evaluate --all`. First token: median of"
-        f" {speed['runs']} runs{timed_on}, the picture's opening and the vision tower included, by"
+        f" {speed['runs']} runs{timed_on}, the picture's opening and the vision tower included, and"
+        " in brackets the median ratio to the run with all tokens just before each, by"
         f" `python -m benchmarks.speed --shape scenes`; {machine['cores']} cores"
         f" ({cpu}, {machine['system']}), MLX {mlx} on its {speed['device'].upper()}."
     )

@@ -3,11 +3,12 @@
 Written by `python -m benchmarks.report`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from mlx_vlm_prune.hosts.compatibility import SHRINKS_IMAGE, SLOTS_OF_TILES
+from mlx_vlm_prune.hosts.compatibility import BETWEEN_LAYERS, SLOTS_OF_TILES, why_not_in_family
 from mlx_vlm_prune.hosts.families import FAMILIES, REFUSED
 from mlx_vlm_prune.hosts.host import Host
+from mlx_vlm_prune.pruners import METHODS, PRESETS, Pruner, Stage, plan
 
 from .readme_tables import markdown
 
@@ -15,7 +16,8 @@ Family = type[Host]
 INTRODUCTION = """\
 # Families of mlx-vlm
 
-What works inside mlx-vlm's models, family by family. A number is a reason, listed below.
+What works inside mlx-vlm's models, family by family. A number is a reason, listed below. Methods
+that a "yes" leaves out are under "Limits" and "In no family".
 This page is made from what the code declares (`python -m benchmarks.report`); nothing is written by
 hand, and the tests check every entry with a tiny model.
 
@@ -52,10 +54,9 @@ COLUMNS: dict[str, Callable[[Family], str | None]] = {
     "predicted costs": lambda family: family.why_not_counted,
     "video": lambda family: NO_VIDEO,
 }
-EVERYWHERE = f"""\
-## In no family
-
-- `downsample`: {SHRINKS_IMAGE}.
+EVERYWHERE = """\
+- `restore` behind a method between the language model's layers: layers with fewer rows share no
+  mask with the others.
 - `restore:published`: it adds something else in each layer, and mlx-vlm's layers share a mask.
 - A method between the language model's layers in batches, `serve` and folders of `prune-into`:
   layers with different numbers of rows share no mask. In a block of `pruned()` a prompt is read
@@ -76,12 +77,45 @@ def names_by_family() -> dict[Family, list[str]]:
     return names
 
 
+def refused_methods(family: Family) -> dict[str, str]:
+    """The methods that cannot work in a family, with why; learned ones behind the tower have a
+    column of their own."""
+    methods = (m for m in METHODS.values() if not m.learned or m.stage is Stage.DECODER)
+    reasons = {
+        method.name: why_not_in_family(family, Pruner(method.name, method)) for method in methods
+    }
+    return {name: why for name, why in reasons.items() if why}
+
+
+def nowhere() -> dict[str, str]:
+    """The methods that work in no family, with why, and the chains that have one of them."""
+    first, *others = (refused_methods(family) for family in names_by_family())
+    refused = {name: why for name, why in first.items() if all(name in each for each in others)}
+    for name in PRESETS:
+        if steps := [step.name for step in plan(name).steps if step.name in refused]:
+            refused[name] = refused[steps[0]]
+    return refused
+
+
+def lines_of(refused: Mapping[str, str], start: str = "") -> list[str]:
+    """Methods with the same reason, in a line each."""
+    names: dict[str, list[str]] = {}
+    for name, why in refused.items():
+        names.setdefault(why, []).append(f"`{name}`")
+    return [f"{start}{', '.join(quoted)}: {why}" for why, quoted in names.items()]
+
+
 def limits_of(family: Family) -> list[str]:
     """What works only in part."""
     limits = [family.limits] if family.limits else []
     no_pool = SLOTS_OF_TILES if family.has_tiles else family.why_no_feature_gradient
     if no_pool and not family.why_not_learned:
         limits.append(f"`attention_pool` does not learn: {no_pool}")
+    covered = {reason(family) for reason in COLUMNS.values()}
+    covered.add(BETWEEN_LAYERS.format(family.why_no_decoder_methods))
+    common, refused = nowhere(), refused_methods(family)
+    more = {n: why for n, why in refused.items() if n not in common and why not in covered}
+    limits += lines_of(more, "not ")
     return limits
 
 
@@ -106,9 +140,10 @@ def page() -> str:
         limits += [f"- {title}: {limit}." for limit in limits_of(family)]
     table = markdown(["family", *COLUMNS], "l" * (1 + len(COLUMNS)), lines)
     listed = [f"{number}. {capitalized(why)}." for why, number in numbers.items()]
+    unable = [f"- {line}." for line in lines_of(nowhere())]
     refused = [f"- `{kind}`: {why}." for kind, why in REFUSED.items()]
     parts = [
-        INTRODUCTION, table, "\n## Reasons\n", *listed, "\n## Limits\n", *limits, "", EVERYWHERE,
-        "## Refused\n", *refused,
+        INTRODUCTION, table, "\n## Reasons\n", *listed, "\n## Limits\n", *limits,
+        "\n## In no family\n", *unable, EVERYWHERE, "## Refused\n", *refused,
     ]  # fmt: skip
     return "\n".join(parts) + "\n"

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence
 from mlx_vlm_prune.checkpoints.minimind.generations import GENERATIONS
@@ -75,7 +76,24 @@ def scenes_table(results: Path = RESULTS) -> str:
             for side in sides
         ]
         lines.append([f"`{name}`", *cells])
-    return markdown(heads, "l" + "r" * len(heads[1:]), lines)
+    table = markdown(heads, "l" + "r" * len(heads[1:]), lines)
+    return f"{table}\n\n{_evaluated(read(results, 'scenes'))}"
+
+
+def _evaluated(result: dict[str, Any]) -> str:
+    """When the table was measured, and which methods were added since."""
+    known = {part.split(":")[0] for row in result["rows"] for part in row["pruner"].split("+")}
+    since = [f"`{name}`" for name in METHODS if name not in known]
+    sentence = (
+        f"Measured on {result['date'][:10]}, {result['count']:,} questions, by"
+        " `python -m mlx_vlm_prune.evaluate --all`."
+    )
+    if not since:
+        return sentence
+    return (
+        f"{sentence} Not in it yet, since newer: {', '.join(since)}. [The log](log.md) has smaller"
+        " evaluations of most of them."
+    )
 
 
 def kinds_table(results: Path = RESULTS) -> str:

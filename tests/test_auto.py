@@ -53,6 +53,7 @@ def evaluation(rows=ROWS, count=2004) -> dict:
 @pytest.fixture(autouse=True)
 def _no_real_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_VLM_PRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mlx_vlm_prune.pruners.auto.choice.on_cuda", lambda: False)
 
 
 @pytest.fixture
@@ -242,8 +243,21 @@ def test_without_evidence_it_goes_by_the_published_order(case):
         assert "keeps 91.8 %" in choice.line or case != "Qwen"
 
 
+def test_on_a_cuda_gpu_the_order_takes_a_quick_choice_where_one_was_measured(folder, monkeypatch):
+    monkeypatch.setattr("mlx_vlm_prune.pruners.auto.choice.on_cuda", lambda: True)
+    known = facts(folder, N=100)
+    assert choose(known, 0.25, None).pruner == "cls_attention"
+    assert choose(replace(known, has_cls=False), 0.25, None).pruner == "divprune+restore"
+    assert works_in_tower(choose(known, 0.25, None, in_tower=True).pruner)
+    calibration(folder, "cls_attention", (0.1, 120.0), (0.5, 150.0), (1.0, 100.0))
+    assert choose(known, 0.25, None).pruner == "scope+restore"
+    remember(folder, evaluation())  # which holds on every device
+    assert choose(known, 0.5, None).pruner == "a"
+
+
 def test_of_methods_in_the_tower_one_is_chosen_where_that_is_needed():
     choice = choose(facts(), 0.25, None, in_tower=True)
+    assert plan(choice.pruner).budgets(576, 64).handed_on == [432, 64]
     assert works_in_tower(choice.pruner) and not works_in_tower(choose(facts(), 0.25, None).pruner)
     assert works_in_tower("downsample") and not works_in_tower("vscan")
 
@@ -266,9 +280,28 @@ def test_figures_that_the_table_takes_from_the_results_are_those():
     for key in (("divprune", 22), ("divprune+restore", 22)):
         assert f"{counting[key]} %" in line.why
     assert counting["none", 196] == "100.0"
+    pruned, full = [row for row in rows if row["tokens"] < 196], rows[0]["accuracy"]
+    assert rows[0]["pruner"] == "none"
+    weakest = [max(full, key=lambda kind: full[kind] - r["accuracy"][kind]) for r in pruned]
+    number = sum(kind in ("counting", "reading") for kind in weakest)
+    assert f"in {number} of {len(pruned)} results" in line.why
     inside = next(line for line in PUBLISHED if line.in_tower)
-    assert f"{overall['tome:keep=98+divprune+restore', 22]} %" in inside.why
+    assert inside.pruner == "patch_norm:keep=0.75+divprune+restore" and 147 == 0.75 * 196
+    assert f"{overall['patch_norm:keep=147+divprune+restore', 22]} %" in inside.why
     assert overall["divprune+restore", 22] in inside.why
+
+
+def test_gains_on_a_gpu_that_the_table_and_the_pages_name_are_those_of_the_results():
+    rows = json.loads((RESULTS / "device-h200.json").read_text())["rows"]
+    gains = {r["pruner"]: f"{r['gain']['total']['realised'] or 0:.2f}" for r in rows}
+    assert {(r["shape"], r["tokens"], r["budget"]) for r in rows} == {("llava-7b", 576, 144)}
+    (line,) = (line for line in PUBLISHED if line.on_cuda)
+    readme, page = ((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/auto.md"))
+    for name in ("cls_attention", "divprune", "scope"):
+        assert f"{gains[name]} times" in line.why
+        assert f"{gains[name]} times" in page.partition("<!-- end -->")[2]
+    for name in ("cls_attention", "divprune"):
+        assert f"{gains[name]} times" in readme
 
 
 def test_all_tokens_or_a_wrong_budget():

@@ -39,6 +39,7 @@ def loaded(home):
 @pytest.fixture(autouse=True)
 def _no_real_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_VLM_PRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mlx_vlm_prune.pruners.auto.choice.on_cuda", lambda: False)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -13,7 +13,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import FAMILIES, host_of
 from mlx_vlm_prune.planning.host_operations import language_sizes
-from mlx_vlm_prune.pruners import METHODS, Pipeline, plan
+from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, Stage, plan
 
 from .host_models import KINDS
 from .test_pruned import BATCHED
@@ -51,6 +51,40 @@ def test_a_tiny_model_of_every_family_does_as_the_page_says(kind):
         except UserError:
             reads_videos = False
     assert reads_videos is works["video"]
+
+
+COLUMN = {
+    Stage.ENCODER: "between the tower's layers",
+    Stage.DECODER: "between the language model's layers",
+    Stage.ENHANCER: "`restore`",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_says_of_every_method_whether_it_works_in_a_family(kind):
+    host = host_of(KINDS[kind].make())
+    _, _, rest = page().partition("## Limits")
+    limits, _, rest = rest.partition("## In no family")
+    nowhere = rest.partition("`restore` behind")[0]
+    lines = [line for line in limits.splitlines() if f"`{kind}`" in line.partition(":")[0]]
+    said = nowhere + "\n".join(line.partition(": not ")[2].partition(":")[0] for line in lines)
+    for name in [name for name in METHODS if not METHODS[name].learned] + [*PRESETS]:
+        steps = plan(name).steps if name in PRESETS else plan(chain_of(name)).steps
+        columns = [COLUMN[step.stage] for step in steps if step.stage in COLUMN]
+        if METHODS.get(name) and METHODS[name].stage is Stage.ENHANCER:
+            columns = ["`restore`"] if name == "restore" else []
+        columns += ["`zoo_prune`"] * (name == "zoo_prune")
+        refused = any(COLUMNS[column](FAMILIES[kind]) for column in columns) or any(
+            f"`{step}`" in said for step in (name, *(step.name for step in steps))
+        )
+        assert is_possible(host, chain_of(name), None) is not refused, name
+    for spec in ("fastv+restore", "divprune+restore:published"):
+        assert not is_possible(host, spec, None)
+
+
+def chain_of(name: str) -> str:
+    is_enhancer = name in METHODS and METHODS[name].stage is Stage.ENHANCER
+    return f"divprune+{name}" if is_enhancer else name
 
 
 def test_every_reason_is_a_sentence_that_spells_names_as_they_are():

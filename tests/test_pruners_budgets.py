@@ -73,6 +73,9 @@ def test_an_encoder_method_ends_with_k_tokens(spec, layers):
         ("none+fastv", "leave it out"),
         ("norm:keep=5", "earlier method"),
         ("norm:keep=0+fastv", "at least 1"),
+        ("norm:keep=0.0+fastv", "a whole number, at least 1, or a share below 1"),
+        ("norm:keep=1.5+fastv", "a whole number, at least 1, or a share below 1"),
+        ("norm:keep=nan+fastv", "takes an int"),
         ("norm:budget=dynamic", "must be similarity"),
         ("norm:budget=similarity,reference=0", "above 0, at most 2"),
         ("norm:reference=0.4", "goes with budget=similarity"),
@@ -90,6 +93,15 @@ def test_an_encoder_method_ends_with_k_tokens(spec, layers):
 def test_a_wrong_pruner_or_option_is_named_with_what_there_is(spec, part):
     with pytest.raises(UserError, match=part):
         plan(spec)
+
+
+def test_an_earlier_method_can_keep_a_share():
+    chain = plan("patch_norm:keep=0.75+norm:keep=0.001+fastv")
+    assert chain.spec == "patch_norm:keep=0.75+norm:keep=0.001+fastv"
+    assert chain.budgets(196, 49).handed_on == [147, 1, 49]
+    assert chain.budgets(196, 196).handed_on == [196, 196, 196]
+    as_number = plan("patch_norm:keep=147+norm:keep=1+fastv").budgets(196, 49)
+    assert as_number.handed_on == chain.budgets(196, 49).handed_on
 
 
 @pytest.mark.parametrize("K", [0, 17])

@@ -1,5 +1,6 @@
 """Promises of the README and of the pages for users: commands run, tables are the results."""
 
+import json
 import re
 import shlex
 import shutil
@@ -136,6 +137,25 @@ def test_the_front_table_has_the_baselines_and_at_most_ten_rows():
     firsts = [row.split("|")[1].strip() for row in rows]
     assert firsts[1] == "all tokens"
     assert {"`random`", "`downsample`: a smaller picture"} <= set(firsts)
+
+
+def test_figures_in_the_words_about_restore_are_those_of_the_results():
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    (words,) = re.findall(r"\*\*What `restore` gives back\.\*\*.*?\n\n", text, re.S)
+    right = {(r["pruner"], r["tokens"]): f"{100 * r['overall']:.1f}" for r in rows_of("scenes")}
+    sooner = {(r["pruner"], r["budget"]): r["gain"]["total"]["realised"]
+              for r in rows_of("speed-scenes")}  # fmt: skip
+    early = "patch_norm:keep=147+divprune+restore"
+    named = [right[name, K] for name in ("divprune+restore", "divprune") for K in (49, 22)]
+    named += [
+        right[early, 22],
+        *(f"{sooner[name, 22]:.2f}" for name in (early, "divprune+restore")),
+    ]
+    assert re.findall(r"(?<![-=\d.])\d+\.\d+", words.replace("12.3 ms", "")) == named
+
+
+def rows_of(result: str) -> list[dict]:
+    return json.loads((command_line.RESULTS / f"{result}.json").read_text())["rows"]
 
 
 def test_every_local_link_leads_somewhere():

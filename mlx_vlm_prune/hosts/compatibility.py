@@ -11,6 +11,8 @@ from .host import Host
 LATER = "not yet in mlx-vlm models"
 SLOTS_OF_TILES = "it makes a number of slots from a picture, and an image may be cut into several"
 SHRINKS_IMAGE = f"it makes the pixels fewer, {LATER}; resize_shape makes the picture smaller"
+NO_PIXELS = f"it needs the pixels of patches behind the tower, {LATER}"
+BETWEEN_LAYERS = "it works between the language model's layers, and {}"
 WITHOUT_ATTENTION = "its tower has neither a CLS token nor attention that could stand in for it"
 # What a host has between the language model's layers, and what a tower without attention has.
 DECODER_SIGNALS = (
@@ -103,29 +105,41 @@ def _why_no_rotation(host: Host | type[Host], step: Pruner) -> str | None:
 
 def _why_not(host: Host, step: Pruner) -> str | None:
     """Why a method cannot work in this model; None where it can."""
+    if reason := why_not_in_family(host, step):
+        return reason
+    if step.stage is Stage.DECODER:
+        needs_attention = "cls_rank" in step.method.needs
+    else:
+        is_behind = step.stage in (Stage.FEATURES, Stage.PROJECTED)
+        needs_attention = is_behind and bool({*step.method.needs} - {*ATTENTION_FREE_SIGNALS})
+    return WITHOUT_ATTENTION if needs_attention and not host.depth else None
+
+
+def why_not_in_family(family: Host | type[Host], step: Pruner) -> str | None:
+    """Why a method can work in no model of a family; None where it can in one whose tower has
+    attention."""
     if step.stage is Stage.IMAGE:
         return SHRINKS_IMAGE
     if step.stage is Stage.ENCODER:
-        return host.why_no_encoder_methods
+        return family.why_no_encoder_methods
     if step.stage is Stage.ENHANCER:
-        return why_not_enhance(host, step)
-    if step.trained_tokens and host.has_tiles:
+        return why_not_enhance(family, step)
+    if step.stage is Stage.DECODER:
+        return _why_not_between_layers(family, step)
+    if step.trained_tokens and family.has_tiles:
         return SLOTS_OF_TILES
-    if step.stage is not Stage.DECODER:
-        if step.method.probe and host.why_no_probe:
-            return host.why_no_probe
-        if "pixels" in step.method.needs:
-            return f"it needs the pixels of patches behind the tower, {LATER}"
-        if reason := _why_no_rotation(host, step):
-            return reason
-        if set(step.method.needs) - set(ATTENTION_FREE_SIGNALS) and not host.depth:
-            return WITHOUT_ATTENTION
-        return None
-    if "cls_rank" in step.method.needs and not host.depth:
-        return WITHOUT_ATTENTION
-    if host.language_layers is None:
-        return f"it works between the language model's layers, and {host.why_no_decoder_methods}"
-    if (step.is_proportional or step.method.entry_bias) and host.language_layers.window:
+    if step.method.probe and family.why_no_probe:
+        return family.why_no_probe
+    if "pixels" in step.method.needs:
+        return NO_PIXELS
+    return _why_no_rotation(family, step)
+
+
+def _why_not_between_layers(family: Host | type[Host], step: Pruner) -> str | None:
+    layers = family.language_layers_class
+    if layers is None:
+        return BETWEEN_LAYERS.format(family.why_no_decoder_methods)
+    if (step.is_proportional or step.method.entry_bias) and layers.has_window:
         return "it adds to the attention that some tokens get, which windows of rows would cut off"
     if beyond := set(step.method.needs) - set(DECODER_SIGNALS):
         return f"it needs {', '.join(sorted(beyond))}, {LATER}"

@@ -24,6 +24,7 @@ class LanguageLayers(ABC):
     """The layers of a host's language model, by the contract of `models.language.contract`."""
 
     axes: ClassVar[int]  # of positions
+    has_window: ClassVar[bool] = False  # do some layers hold a window of rows?
 
     def __init__(self, model: Any):
         self.model = model
@@ -143,6 +144,8 @@ class RopeOffsetLayers(LanguageLayers):
 
 class Gemma3Layers(RopeOffsetLayers):
     """Gemma 3's: a norm behind attention and MLP, too; some layers hold a window of rows."""
+
+    has_window = True
 
     @property
     def window(self) -> int | None:

@@ -26,7 +26,7 @@ from ..inputs.budget import check_budget, default_keep_ratio
 from ..pruners import AUTO, NAMES, Pipeline, Stage, plan
 from ..pruners.auto import choose
 from .auto import facts_of_folder
-from .compatibility import why_not_enhance
+from .compatibility import why_not_in_family
 from .families import FAMILIES, REFUSED
 from .families.idefics3 import GLOBAL_IMAGE
 from .families.llava import CLIP, has_cls
@@ -218,13 +218,9 @@ def _pipeline(spec: str, kind: str) -> Pipeline:
 
 def _check_family(kind: str, pipeline: Pipeline) -> None:
     """Raises UserError for a method that this family of models cannot have."""
-    family = FAMILIES[kind]
-    reasons = {step.name: family.why_no_encoder_methods for step in pipeline.at(Stage.ENCODER)}
-    reasons |= {step.name: family.why_no_probe for step in pipeline.steps if step.method.probe}
-    reasons |= {e.name: why_not_enhance(family, e) for e in pipeline.enhancers}
-    for name, reason in reasons.items():
-        if reason:
-            raise UserError(f"{name} cannot prune a {kind} model: {reason}")
+    for step in [*pipeline.steps, *pipeline.enhancers]:
+        if reason := why_not_in_family(FAMILIES[kind], step):
+            raise UserError(f"{step.name} cannot prune a {kind} model: {reason}")
 
 
 def _model_file_text(

@@ -29,6 +29,11 @@ def on_cpu() -> bool:
     return mx.default_device().type == mx.DeviceType.cpu
 
 
+def on_cuda() -> bool:
+    """Whether MLX computes on a GPU that is no Mac's."""
+    return not on_cpu() and not mx.metal.is_available()
+
+
 def environment(dtype: mx.Dtype) -> dict[str, Any]:
     """All that a model's times depend on beside the model; times of another one do not compare."""
     return {

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.errors import UserError
+from ..inputs.budget import tokens_for
 from .contract import Policy, Reduction, Signals, Stage, identity
 from .image_budgets import REFERENCE, image_budgets
 from .method import Method
@@ -43,7 +44,7 @@ class Pruner:
     method: Method
     options: dict[str, Any] = field(default_factory=dict)
     weights: Any = None  # of a learned method: those of the checkpoint
-    keep: int | None = None  # its own budget in a chain
+    keep: float | None = None  # its own budget in a chain: tokens, or below 1 a share of them
     # Of the model's family, for options that are not given; the method's own for all others.
     defaults: Mapping[str, Any] = field(default_factory=dict)
     enhancer: "Pruner | None" = None  # of the last in a chain: one that may complete its choice
@@ -340,7 +341,8 @@ class Pipeline:
             usual = int(K * EARLIER_STEP_FACTOR ** (len(earlier) - i) + 0.5)
             if step.method.leaves:
                 usual = step.call(step.method.leaves, n, K)
-            left = min(N, step.trained_tokens or step.keep or usual)
+            keep = step.keep and (int(step.keep) or tokens_for(N, step.keep))
+            left = min(N, step.trained_tokens or keep or usual)
             per_step.append((step, N if K == N else left))
             n = n if step.method.give_back else min(n, left)
         return StepBudgets(N, K, (*per_step, (last, K)))

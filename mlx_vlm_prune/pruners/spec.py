@@ -114,9 +114,12 @@ def _chain_option(name: str, key: str, value: str) -> Any:
             raise UserError(f"option budget of {name} is {value!r}; it must be similarity")
         return value
     if key == "keep":
-        number = _option_value(name, key, value, 1)
-        if number < 1:
-            raise UserError(f"option keep of {name} is {value}; it must be at least 1")
+        number = _option_value(name, key, value, 1.0 if "." in value else 1)
+        if not 0 < number < 1 and (number < 1 or "." in value):
+            raise UserError(
+                f"option keep of {name} is {value}; it must be a whole number, at least 1, or a"
+                " share below 1"
+            )
         return number
     reference = _option_value(name, key, value, REFERENCE)
     if not 0 < reference <= 2:

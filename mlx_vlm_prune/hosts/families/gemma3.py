@@ -15,10 +15,7 @@ from .cut_tower import CutTowerHost
 
 class Gemma3Host(CutTowerHost):
     language_layers_class = Gemma3Layers
-    limits = (
-        "between the language model's layers prompts must be shorter than its window, and"
-        " `pact` and `lookahead` are refused"
-    )
+    limits = "between the language model's layers prompts must be shorter than its window"
 
     @property
     def mask_layers(self) -> Sequence[int]:

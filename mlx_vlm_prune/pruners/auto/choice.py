@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...inputs.budget import DEFAULT_KEEP_RATIO, check_budget
+from ...machine.hardware import on_cuda
 from .. import METHODS, PRESETS
 from ..contract import Stage
 from .caution import Pictures, cautious
@@ -164,8 +165,10 @@ def by_order(
 
 
 def _fits(line: Published, facts: ModelFacts) -> bool:
-    """Is a line about such a model?"""
+    """Is a line about such a model, on MLX's device?"""
     is_of_kind = not line.kinds or facts.kind in line.kinds
+    if line.on_cuda and not on_cuda():
+        return False
     return is_of_kind and facts.has_cls >= line.has_cls and facts.layers >= line.least_layers
 
 
