@@ -83,15 +83,15 @@ def scenes_table(results: Path = RESULTS) -> str:
 def _evaluated(result: dict[str, Any]) -> str:
     """When the table was measured, and which methods were added since."""
     known = {part.split(":")[0] for row in result["rows"] for part in row["pruner"].split("+")}
-    since = [f"`{name}`" for name in METHODS if name not in known]
+    missing = [f"`{name}`" for name in METHODS if name not in known]
     sentence = (
         f"Measured on {result['date'][:10]}, {result['count']:,} questions, by"
         " `python -m mlx_vlm_prune.evaluate --all`."
     )
-    if not since:
+    if not missing:
         return sentence
     return (
-        f"{sentence} Not in it yet, since newer: {', '.join(since)}. [The log](log.md) has smaller"
+        f"{sentence} Not in it, since newer: {', '.join(missing)}. [The log](log.md) has smaller"
         " evaluations of most of them."
     )
 

@@ -67,7 +67,7 @@ def test_the_page_says_of_every_method_whether_it_works_in_a_family(kind):
     limits, _, rest = rest.partition("## In no family")
     nowhere = rest.partition("`restore` behind")[0]
     lines = [line for line in limits.splitlines() if f"`{kind}`" in line.partition(":")[0]]
-    said = nowhere + "\n".join(line.partition(": not ")[2].partition(":")[0] for line in lines)
+    refusals = nowhere + "\n".join(line.partition(": not ")[2].partition(":")[0] for line in lines)
     for name in [name for name in METHODS if not METHODS[name].learned] + [*PRESETS]:
         steps = plan(name).steps if name in PRESETS else plan(chain_of(name)).steps
         columns = [COLUMN[step.stage] for step in steps if step.stage in COLUMN]
@@ -75,7 +75,7 @@ def test_the_page_says_of_every_method_whether_it_works_in_a_family(kind):
             columns = ["`restore`"] if name == "restore" else []
         columns += ["`zoo_prune`"] * (name == "zoo_prune")
         refused = any(COLUMNS[column](FAMILIES[kind]) for column in columns) or any(
-            f"`{step}`" in said for step in (name, *(step.name for step in steps))
+            f"`{step}`" in refusals for step in (name, *(step.name for step in steps))
         )
         assert is_possible(host, chain_of(name), None) is not refused, name
     for spec in ("fastv+restore", "divprune+restore:published"):
