@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.config import VLMConfig
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import generate
 from mlx_vlm_prune.generation.request import Request
 from mlx_vlm_prune.generation.stream import pipeline_for, prepare_prompt
@@ -48,6 +49,7 @@ DEFAULT_PRUNERS = {"ours": ["divprune", "tome"], "hosts": ["divprune", "received
 LEAST_SIDE, MOST_SIDE = 224, 1200  # pixels of a picture
 STEPS = {f"1/{part}": 1 / part for part in (49, 16, 8, 4)}  # of N: additional tokens
 VOCABULARY = "is there a red star in the picture what colour has the circle which letters".split()
+DRAWS = 12  # of a prompt and a budget, until one needs pruning
 REQUIRED_SHARE = 0.9  # of the prompts must meet their budget
 
 
@@ -130,9 +132,9 @@ def choose_budget(
 ) -> tuple[BudgetChoice, dict[str, Any]]:
     """The choice for a random prompt and budget, and the prompt's arguments of `generate`.
 
-    Drawn again if no K is predicted to meet the budget.
+    Drawn again if no K is predicted to meet the budget. Raises UserError where that goes on.
     """
-    while True:
+    for _ in range(DRAWS):
         prompt, image = random_prompt(rng)
         request = {**options, "prompt": prompt, "image": image}
         choose = partial(choice_within, model, processor, calibration, request)
@@ -142,6 +144,9 @@ def choose_budget(
         choice = choose(rng.uniform(low.ms_most, high.ms_most))
         if choice.K < choice.N:
             return choice, request
+    raise UserError(
+        f"of {DRAWS} budgets none needs fewer tokens; times of this model hardly depend on them"
+    )
 
 
 def predictions(choice: BudgetChoice, *K: int) -> list[Forecast]:
