@@ -80,15 +80,17 @@ def test_a_smaller_picture_is_advised_only_where_it_becomes_fewer_tokens(place):
 
 
 IN_FRESH_PROCESS = """
-import sys
+import gc, sys
 import mlx_vlm_prune, mlx.core as mx
 
 for folder in sys.argv[1:]:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     model, _ = mlx_vlm_prune.load(folder, dtype="float16")
+    gc.collect()
     print(mx.get_active_memory() - before, mx.get_peak_memory() - before)
     del model
+    gc.collect()
 """
 
 
