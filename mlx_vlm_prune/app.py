@@ -6,6 +6,7 @@ mlx-vlm-prune app --model my-model
 import argparse
 import inspect
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -50,11 +51,10 @@ def run(args: argparse.Namespace) -> None:
     """Show the page until a signal comes. What was uploaded and drawn is removed then."""
     if find_spec("gradio") is None:
         raise missing_package("gradio")
-    signal.signal(signal.SIGTERM, end_early)  # until uvicorn has its own
     with (
         closing(ModelThread()) as thread,
         listen(HOST, args.port) as listening,
-        TemporaryDirectory(prefix="mlx-vlm-prune-", ignore_cleanup_errors=True) as folder,
+        temporary_folder() as folder,
     ):
         os.environ |= {**QUIET, "GRADIO_TEMP_DIR": folder}
         read = partial(open_model, args)
@@ -77,10 +77,25 @@ def run(args: argparse.Namespace) -> None:
         uvicorn.Server(settings).run([listening])
 
 
-def end_early(*_: object) -> None:
-    """Leave the blocks that are open, so that the temporary folder is removed. A model that is
-    being read is read to its end first: its thread cannot be interrupted."""
-    sys.exit(128 + signal.SIGTERM)
+@contextmanager
+def temporary_folder() -> Iterator[str]:
+    """A folder that is removed behind the block, and by SIGTERM until uvicorn has that signal."""
+    waits = (signal.SIGTERM,)
+    signal.pthread_sigmask(signal.SIG_BLOCK, waits)
+    try:
+        with TemporaryDirectory(prefix="mlx-vlm-prune-", ignore_cleanup_errors=True) as folder:
+            signal.signal(signal.SIGTERM, partial(end_early, folder))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, waits)
+            yield folder
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, waits)
+
+
+def end_early(folder: str, *_: object) -> None:
+    """Remove the temporary folder and end at once: the thread that reads a model cannot be
+    interrupted, and no exception is thrown into what is being imported."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(128 + signal.SIGTERM)
 
 
 @contextmanager

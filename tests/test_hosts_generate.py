@@ -263,7 +263,7 @@ def test_a_folder_that_cannot_be_had_is_refused(tmp_path, capsys, config, senten
 
 def test_without_mlx_vlm_it_says_what_to_install(home, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_vlm.utils", None)
-    with pytest.raises(UserError, match=r"pip install 'mlx_vlm_prune\[mlx-vlm\]'"):
+    with pytest.raises(UserError, match=r"pip install 'mlx-vlm-prune\[mlx-vlm\]'"):
         load(home / "llava")
 
 

@@ -110,6 +110,6 @@ def test_without_mlx_lm_a_sentence_names_the_extra(models, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.partition(".")[0] == "mlx_lm"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
-    sentence = r"a phi language model needs mlx-lm: .*pip install 'mlx_vlm_prune\[mlx-lm\]'"
+    sentence = r"a phi language model needs mlx-lm: .*pip install 'mlx-vlm-prune\[mlx-lm\]'"
     with pytest.raises(UserError, match=sentence):
         load(models("phi").folder)

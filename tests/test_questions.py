@@ -210,7 +210,7 @@ def test_minimind_rows_without_an_image_mark_are_left_out(tmp_path):
 def test_without_pyarrow_a_sentence_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "m.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"pip install 'mlx_vlm_prune\[parquet\]'"):
+    with pytest.raises(UserError, match=r"pip install 'mlx-vlm-prune\[parquet\]'"):
         read("minimind", tmp_path / "m.parquet")
 
 

@@ -139,7 +139,7 @@ def test_what_cannot_be_is_a_sentence(loaded, options, sentence):
 def test_without_mlx_lm_it_is_said_what_to_install(loaded, monkeypatch, options, name):
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
     monkeypatch.setitem(sys.modules, "mlx_lm.sample_utils", None)
-    install = r"needs mlx_lm, which is not installed: pip install 'mlx_vlm_prune\[mlx-lm\]'"
+    install = r"needs mlx_lm, which is not installed: pip install 'mlx-vlm-prune\[mlx-lm\]'"
     with pytest.raises(UserError, match=f"{name} {install}"):
         generate(*loaded, QUESTION, **options)
     with pytest.raises(UserError, match=f"{name} {install}"):
