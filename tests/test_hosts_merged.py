@@ -77,6 +77,17 @@ class Merging:
         return np.array(head(last)[0], np.float64)
 
 
+def assert_recomputed(layers: Merging, name: str, tokens: list[int], odds: np.ndarray) -> None:
+    """An answer's odds are those of all its rows read anew by `layers`, token by token."""
+    x_LD, place_L3 = layers.seq.x_LD, layers.seq.place_L3
+    for token, odds_V in zip(tokens, odds, strict=True):
+        logits_V = layers.logits(x_LD, place_L3)
+        expected_V = logits_V - np.log(np.exp(logits_V).sum())
+        np.testing.assert_allclose(odds_V, expected_V, rtol=0, atol=1e-4)
+        x_LD = np.concatenate([x_LD, entering(name, table(layers.model)(mx.array([token])))])
+        place_L3 = np.concatenate([place_L3, np.full((1, 3), place_L3[-1].max() + 1)])
+
+
 @pytest.mark.parametrize("piece", [3, None], ids=["in pieces", "whole"])
 @pytest.mark.parametrize("name", [name for name in WHOLE if name != "gemma3"])
 def test_a_merged_token_gets_the_attention_of_its_members(models, name, piece):
@@ -87,13 +98,7 @@ def test_a_merged_token_gets_the_attention_of_its_members(models, name, piece):
     seq = Sequence(model, name, inputs)
     layers = Merging(model, name, prompt, seq)
     assert layers.log_sizes().max() > 0.5
-    x_LD, place_L3 = seq.x_LD, seq.place_L3
-    for token, odds_V in zip(tokens, odds, strict=True):
-        logits_V = layers.logits(x_LD, place_L3)
-        expected_V = logits_V - np.log(np.exp(logits_V).sum())
-        np.testing.assert_allclose(odds_V, expected_V, rtol=0, atol=1e-4)
-        x_LD = np.concatenate([x_LD, entering(name, table(model)(mx.array([token])))])
-        place_L3 = np.concatenate([place_L3, np.full((1, 3), place_L3[-1].max() + 1)])
+    assert_recomputed(layers, name, tokens, odds)
 
 
 def test_without_the_members_attention_it_would_not_pass(models, monkeypatch):
