@@ -84,8 +84,10 @@ def _evaluated(result: dict[str, Any]) -> str:
     """When the table was measured, and which methods were added since."""
     known = {part.split(":")[0] for row in result["rows"] for part in row["pruner"].split("+")}
     missing = [f"`{name}`" for name in METHODS if name not in known]
+    dates = [result["date"], *(source["date"] for source in result.get("earlier", ()))]
+    days = " and ".join(sorted({date[:10] for date in dates}))
     sentence = (
-        f"Measured on {result['date'][:10]}, {result['count']:,} questions, by"
+        f"Measured on {days}, {result['count']:,} questions, by"
         " `python -m mlx_vlm_prune.evaluate --all`."
     )
     if not missing:

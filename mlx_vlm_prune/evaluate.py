@@ -30,6 +30,7 @@ from .evaluation.answers import EvaluatedVLM
 from .evaluation.budgeted_methods import BudgetedMethod, budgeted_methods, chooser, default_methods
 from .evaluation.dequantize import dequantize_matrices
 from .evaluation.drafting import DraftingVLM
+from .evaluation.earlier_rows import check_comparable, with_earlier_rows
 from .evaluation.evaluation_run import EvaluatedModel, EvaluationRun
 from .evaluation.first_look import METHODS, left_out, methods_of
 from .evaluation.merging import merge, merged_table
@@ -112,6 +113,9 @@ def _add_run(parser: Parser) -> None:
     add("--first-token", type=int, metavar="N",
         help="ask the first N questions again, one by one, for the median time to the first token"
         " with picture, tower and pruner (default: none)")
+    add("--compare-with", type=Path, metavar="FILE.json",
+        help="an earlier result of the same model and questions: its rows that this run does not"
+        " ask stand in the table and the result, too (default: none)")
     add("--texts", action=argparse.BooleanOptionalAction,
         help="keep questions, right answers and responses in the result (default: up to"
         f" {MOST_RESPONSES} responses)")
@@ -178,6 +182,7 @@ def evaluate(args: argparse.Namespace, processes: ProcessGroup) -> None:
             check_has_methods(args.out, methods)
     if args.max_tokens is None:
         args.max_tokens = most_answer_tokens(evaluated, question_set.format, questions)
+    check_comparable(args, about, len(questions))
     args.batch = args.batch or evaluated.questions_at_once
     evaluation = EvaluationRun(
         evaluated, question_set, questions, methods, args.max_tokens, args.batch, processes
@@ -191,7 +196,7 @@ def evaluate(args: argparse.Namespace, processes: ProcessGroup) -> None:
     is_trained_with_one = isinstance(model, VLM) and bool(model.config.pruner)
     if part := left_out(args, question_set, len(questions), is_trained_with_one):
         result["part"] = part
-    result |= written_answers(args, evaluation)
+    result = with_earlier_rows(result | written_answers(args, evaluation), args.compare_with)
     write_atomically(args.out, json.dumps(result, indent=4, ensure_ascii=False) + "\n")
     has_shares = evaluation.is_scored and question_set.format.unit == "%"  # `advise` reads those
     if has_shares and not (args.adapter_path or args.positions):

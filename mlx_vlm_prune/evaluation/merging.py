@@ -5,7 +5,7 @@ figure in percent of the full model's there; then the mean over the sets, each o
 same. Results of `evaluate` are merged as they are, so accuracy, MME's sum and CIDEr can be mixed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def read_evaluation(path: Path) -> SetEvaluation:
             raise UserError(
                 f"{path}: its answers were not scored, so there is no figure to average"
             )
-        rows = {_key(row): row for row in content["rows"] if row["pruner"] != FULL}
+        rows = {method_key(row): row for row in content["rows"] if row["pruner"] != FULL}
         full = next(float(row["overall"]) for row in content["rows"] if row["pruner"] == FULL)
         for row in rows.values():
             float(row["overall"]), int(row["tokens"]), int(row["of"])
@@ -59,7 +59,8 @@ def read_evaluation(path: Path) -> SetEvaluation:
     return SetEvaluation(path, content, full, rows)
 
 
-def _key(row: dict[str, Any]) -> MethodKey:
+def method_key(row: Mapping[str, Any]) -> MethodKey:
+    """What tells a row of a result from the others."""
     K = row["keep_ratio"] if "keep_ratio" in row else row.get("keep_tokens", row["tokens"])
     return str(row["pruner"]), str(row.get("positions", "")), K
 

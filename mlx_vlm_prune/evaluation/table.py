@@ -32,7 +32,7 @@ class Column:
         return self.heading[:MOST_LETTERS]
 
     def cell(self, row: Row) -> str:
-        value = (row[self.part] if self.part else row)[self.name]
+        value = (row.get(self.part, {}) if self.part else row).get(self.name)
         return "– " if value is None else f"{self.factor * value:{self.form}}{mark(row, self.name)}"
 
 
@@ -130,6 +130,8 @@ def _notes(result: dict[str, Any]) -> list[str]:
         lines.append(f"{label(row)} at {row['tokens']} kept {row['kept']:g} of an image, the mean.")
     if len(result["kinds"]) > MOST_KINDS:
         lines.append(f"The {len(result['kinds'])} kinds of question are listed in the file.")
+    for source in result.get("earlier", ()):
+        lines.append(f"Rows of {source['file']}: {source['rows']}, measured on {source['date']}.")
     if part := result.get("part"):
         lines.append(f"A first look: --all asks all {' and '.join(part)}.")
     for alike in result.get("alike", ()):
