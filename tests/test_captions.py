@@ -45,8 +45,8 @@ def our_cider(responses, references) -> list[float]:
     return [one.cider(response) for one, response in zip(sets, responses, strict=True)]
 
 
-def test_cider_is_that_of_another_implementation_on_200_cases():
-    responses, references = made_cases()
+def test_cider_is_that_of_another_implementation_on_70_cases():
+    responses, references = (cases[:70] for cases in made_cases())
     ours = our_cider(responses, references)
     assert ours == pytest.approx(caption_rivals.cider(responses, references), abs=1e-9)
     assert max(ours) > 4 and min(ours) == 0

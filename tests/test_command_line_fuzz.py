@@ -13,7 +13,7 @@ from mlx_vlm_prune.__main__ import COMMANDS
 from . import command_fuzz
 from .entry_points import ROOT, start_python
 
-COUNT = 500
+COUNT = 250
 
 
 @pytest.mark.parametrize("seed", [20, 2026])

@@ -48,14 +48,23 @@ WITH_CLS = ["cls_attention", "vispruner", "holov", "scope", "cls_attention:layer
 CLS = ("llava", "llava_next", "internvl_chat")
 QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 BUDGETS = {"ratio": (0.5, None), "tokens": (None, 3)}
+IN_EVERY_FAMILY = ["divprune", "received_attention"]
+
+
+def specs_of(kind: str) -> list[str]:
+    """Two methods, and of the others every third, so that three families share each."""
+    if kind in RECENT:
+        return IN_EVERY_FAMILY
+    specs = EVERYWHERE + READERS + (WITH_CLS if kind in CLS else [])
+    first = [*KINDS].index(kind)
+    shared = [spec for n, spec in enumerate(specs) if (n + first) % 3 == 0]
+    return [*dict.fromkeys(IN_EVERY_FAMILY + shared)]
+
+
 CASES = [
     (kind, spec, called)
     for kind in KINDS
-    for spec in (
-        ["divprune", "received_attention"]
-        if kind in RECENT
-        else EVERYWHERE + READERS + (WITH_CLS if kind in CLS else [])
-    )
+    for spec in specs_of(kind)
     for called in (["ratio"] if spec in READERS else BUDGETS)
 ]
 INSIDE = [kind for kind in KINDS if FAMILIES[kind].why_no_encoder_methods is None]
