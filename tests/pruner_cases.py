@@ -156,7 +156,7 @@ def cases(draw):
     return case(draw(st.sampled_from(INPUTS)), B, grid, seed), K
 
 
-many = settings(max_examples=40, deadline=None)
+many = settings(max_examples=20, deadline=None)
 
 
 def assert_agreement(spec: str, arrays: dict, K: int) -> None:

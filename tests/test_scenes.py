@@ -145,7 +145,7 @@ def test_the_built_in_model_answers_held_out_questions_of_every_kind(built_in):
 
 @pytest.fixture(scope="module")
 def quiz(built_in):
-    return Quiz(built_in, ABLE, per_kind=4)
+    return Quiz(built_in, ABLE, per_kind=2)
 
 
 @pytest.mark.parametrize("name", ABLE)

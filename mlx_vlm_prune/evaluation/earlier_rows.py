@@ -62,8 +62,8 @@ def with_earlier_rows(result: dict[str, Any], path: Path | None) -> dict[str, An
     except UserError as e:
         print(f"{e}; the result has the rows of this run alone", file=sys.stderr)
         return result
-    asked = {method_key(row) for row in result["rows"]}
-    taken = [row for row in earlier["rows"] if method_key(row) not in asked]
+    measured = {method_key(row) for row in result["rows"]}
+    taken = [row for row in earlier["rows"] if method_key(row) not in measured]
     refused = [one for one in earlier["refused"] if one not in result["refused"]]
     source = {
         "file": path.name,
