@@ -1,0 +1,50 @@
+"""Muon for CPUs: torch's, but for its matrix products, which are in float32.
+
+torch.optim.Muon multiplies in bfloat16. A CPU without instructions for it is slow at that: on one
+core of an AMD EPYC with AVX2, 1.2 GFLOP/s where float32 has 49.
+"""
+
+from math import sqrt
+from typing import Any
+
+import torch
+
+STEADY = 0.2  # times the root of the longer side, so that a step is as long as one of AdamW
+
+
+class Float32Muon(torch.optim.Muon):
+    """Muon (arXiv:2502.16982) with steps as long as AdamW's. The state is torch.optim.Muon's."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One step; a closure is not supported."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                ahead = p.grad.lerp(mean, group["momentum"])  # as Nesterov has it
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                update = orthogonal(
+                    ahead, group["ns_coefficients"], group["ns_steps"], group["eps"]
+                )
+                p.add_(update, alpha=-group["lr"] * STEADY * sqrt(max(p.shape)))
+
+
+def orthogonal(
+    grad: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """A matrix with the singular vectors of `grad`, and singular values near 1, by steps of
+    Newton and Schulz: X becomes a X + b (X X') X + c (X X')² X, where a, b, c are the coefficients.
+    """
+    a, b, c = coefficients
+    x = grad / grad.norm().clamp(min=eps)
+    is_tall = len(x) > x.shape[1]
+    x = x.T if is_tall else x
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if is_tall else x
