@@ -11,7 +11,7 @@ from mlx_vlm_prune.pruners.auto.choice import ModelFacts, by_evidence
 from mlx_vlm_prune.pruners.auto.evidence import Evidence
 
 from .model_shapes import SHAPES
-from .readme_tables import markdown, read
+from .readme_tables import days, markdown, read
 
 BUDGETS = (49, 22)  # of 196 visual tokens
 BEST = 3
@@ -97,7 +97,7 @@ def _measurement(accuracy: dict[str, Any], speed: dict[str, Any]) -> str:
     cpu = re.sub(r"\((?:R|TM)\)", "", machine["cpu"])
     timed_on = f" on {speed['date']}" if "date" in speed else ""
     return (
-        f"Right answers of {accuracy['count']:,} questions, measured on {accuracy['date'][:10]} by"
+        f"Right answers of {accuracy['count']:,} questions, measured on {days(accuracy)} by"
         " `python -m mlx_vlm_prune.evaluate --all`. First token: median of"
         f" {speed['runs']} runs{timed_on}, the picture's opening and the vision tower included, and"
         " in brackets the median ratio to the run with all tokens just before each, by"

@@ -1,6 +1,6 @@
 """The pages' tables of speed, each with what the operation count predicts."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,12 @@ from .training_speed import HEADS, cells
 
 NOT_MEASURED = "Not measured yet."
 SHARES = ((0.5, "50 %"), (0.25, "25 %"), (0.11, "11 %"))
+
+
+def days(evaluation: Mapping[str, Any]) -> str:
+    """The days on which an evaluation was measured, with those of rows taken from earlier ones."""
+    dates = [evaluation["date"], *(source["date"] for source in evaluation.get("earlier", ()))]
+    return " and ".join(sorted({date[:10] for date in dates}))
 
 
 def read(results: Path, name: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .hosts_page import page as hosts_page
 from .readme_tables import (
     budgets_table,
     claims_table,
+    days,
     efficientvlm_table,
     hosts_table,
     markdown,
@@ -84,10 +85,8 @@ def _evaluated(result: dict[str, Any]) -> str:
     """When the table was measured, and which methods were added since."""
     known = {part.split(":")[0] for row in result["rows"] for part in row["pruner"].split("+")}
     missing = [f"`{name}`" for name in METHODS if name not in known]
-    dates = [result["date"], *(source["date"] for source in result.get("earlier", ()))]
-    days = " and ".join(sorted({date[:10] for date in dates}))
     sentence = (
-        f"Measured on {days}, {result['count']:,} questions, by"
+        f"Measured on {days(result)}, {result['count']:,} questions, by"
         " `python -m mlx_vlm_prune.evaluate --all`."
     )
     if not missing:
