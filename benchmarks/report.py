@@ -28,6 +28,7 @@ from .readme_tables import (
     speed_table,
     training_table,
 )
+from .serving_table import load_table, serving_table
 
 ROOT = Path(__file__).parent.parent
 # The pages with tables among words; `main` makes the other pages as a whole.
@@ -207,6 +208,8 @@ TABLES = {
     "conversion": conversion_table,
     "training": training_table,
     "efficientvlm": efficientvlm_table,
+    "serving": serving_table,
+    "serving load": load_table,
 }
 
 

@@ -3,9 +3,10 @@
 Each family is a random model in a folder, which `mlx-vlm-prune serve` answers with in a process of
 its own, and `generate` in this one. A round takes turns: one request to the server with all visual
 tokens, the same by `generate`; then several requests at once with all tokens, and the same with a
-part of them. Nothing of earlier prompts is held. Timed is everything from the bytes of a picture to
-the last of `--max-tokens` tokens. Rounds end after `--minutes` for each family. The last line is
-one JSON object of all figures.
+part of them by each method: one behind the tower and, where the tower takes most of a request, one
+that shortens the tower, too. Nothing of earlier prompts is held. Timed is everything from the bytes
+of a picture to the last of `--max-tokens` tokens. Rounds end after `--minutes` for each family. The
+last line is one JSON object of all figures.
 """
 
 import argparse
@@ -40,8 +41,11 @@ FAMILIES: dict[str, Callable[[Path, Size], None]] = {
     "llava": write_llava, "qwen2_5_vl": write_qwen2_5_vl,
 }  # fmt: skip
 WORDS = {"llava": "is there a red star in the picture ?", "qwen2_5_vl": "w11 w12 w13 w14 w15 w16"}
+BEHIND, INSIDE = "divprune", "patch_norm+divprune"  # the tower
+METHODS = {"llava": (BEHIND,), "qwen2_5_vl": (BEHIND, INSIDE)}
 COST_GOAL, GAIN_GOAL = 1.03, 1.5  # of one request, and of several at once
 FEWEST_ROUNDS = 2
+SERVE, GENERATE, FULL = "serve", "generate", "full"  # the times of a round, beside the methods'
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,12 @@ class Rivals:
     model: Any
     processor: Any
     args: argparse.Namespace
+
+    @property
+    def pruners(self) -> Sequence[str]:
+        """The methods of the pruned requests."""
+        pruners: Sequence[str] = self.args.pruner or METHODS[self.family]
+        return pruners
 
     def body(self, number: int, **budget: Any) -> bytes:
         """A request with a picture of its own."""
@@ -103,10 +113,22 @@ Times = dict[str, list[float]]
 
 
 def take_round(rivals: Rivals, number: int, times: Times) -> None:
-    """One turn of each."""
+    """One turn of each; of one request, which takes less time, several."""
+    args = rivals.args
+    for pair in range(args.pairs):
+        answer_both(rivals, args.pairs * number + pair, times)
+    numbers = range(args.clients)
+    times[FULL].append(rivals.serve_many([rivals.body(n) for n in numbers]))
+    for pruner in rivals.pruners:
+        budget = {"pruner": pruner, "keep_ratio": args.keep_ratio}
+        times[pruner].append(rivals.serve_many([rivals.body(n, **budget) for n in numbers]))
+
+
+def answer_both(rivals: Rivals, number: int, times: Times) -> None:
+    """One request to the server, and the same by `generate`. Raises UserError where they differ."""
     body = rivals.body(number)
     serve_one, generate_one = partial(rivals.serve_one, body), partial(rivals.generate_one, number)
-    order = [("serve", serve_one), ("generate", generate_one)]
+    order = [(SERVE, serve_one), (GENERATE, generate_one)]
     texts = set()
     for name, answer in order[:: 1 - 2 * (number % 2)]:  # each is first as often as the other
         ms, text = answer()
@@ -114,23 +136,18 @@ def take_round(rivals: Rivals, number: int, times: Times) -> None:
         texts.add(text)
     if len(texts) > 1:
         raise UserError(f"{rivals.family}: the server's answer is another than generate's")
-    args = rivals.args
-    numbers = range(args.clients)
-    budget = {"pruner": args.pruner, "keep_ratio": args.keep_ratio}
-    times["full"].append(rivals.serve_many([rivals.body(n) for n in numbers]))
-    times["pruned"].append(rivals.serve_many([rivals.body(n, **budget) for n in numbers]))
 
 
 def measure(family: str, args: argparse.Namespace) -> dict[str, Any]:
     """The row of a family."""
     mx.random.seed(0)
-    times: Times = {name: [] for name in ("serve", "generate", "full", "pruned")}
     options = ("--cache-gb", "0", "--batch", str(args.clients), "--max-images", "1")
     with TemporaryDirectory() as home:
         folder = Path(home) / family
         FAMILIES[family](folder, SIZES[args.size])
         with serving(str(folder), *options) as (_, port):
             rivals = Rivals(family, port, *load(folder), args)
+            times: Times = {name: [] for name in (SERVE, GENERATE, FULL, *rivals.pruners)}
             for number in range(args.warmup):
                 take_round(rivals, number, {name: [] for name in times})
             end = time.perf_counter() + 60 * args.minutes
@@ -138,32 +155,38 @@ def measure(family: str, args: argparse.Namespace) -> dict[str, Any]:
                 if number >= FEWEST_ROUNDS and time.perf_counter() > end:
                     break
                 take_round(rivals, number, times)
-    cost = Gain.of(times["serve"], times["generate"])
+    cost = Gain.of(times[SERVE], times[GENERATE])
+    gains = {pruner: Gain.of(times[FULL], times[pruner]) for pruner in rivals.pruners}
     return {
         "family": family, "size": args.size, "tokens": SIZES[args.size].side ** 2,
-        "one_ms": {name: spread(times[name]) for name in ("serve", "generate")},
+        "one_ms": {name: spread(times[name]) for name in (SERVE, GENERATE)},
         "serve_by_generate": {"median": cost.median, "p10": cost.p10, "p90": cost.p90},
         "requests_per_s": {
-            name: spread([args.clients / s for s in times[name]]) for name in ("full", "pruned")
+            name: spread([args.clients / s for s in times[name]]) for name in (FULL, *gains)
         },
-        "gain": Gain.of(times["full"], times["pruned"]).report(None), "runs": cost.runs,
+        "gains": {pruner: gain.report(None) for pruner, gain in gains.items()},
+        "pairs": cost.runs, "runs": len(times[FULL]),
     }  # fmt: skip
 
 
 def print_row(row: dict[str, Any], args: argparse.Namespace) -> None:
     """Print the figures of a family."""
-    cost, gain, rates = row["serve_by_generate"], row["gain"], row["requests_per_s"]
+    cost, rates = row["serve_by_generate"], row["requests_per_s"]
     one = {name: spread_ms["median"] for name, spread_ms in row["one_ms"].items()}
     print(
-        f"{row['family']}, {row['size']}, {row['tokens']} visual tokens: one request "
-        f"{one['serve']:.0f} ms, by generate {one['generate']:.0f}: {cost['median']:.3f} of it "
-        f"({cost['p10']:.3f} to {cost['p90']:.3f}; the goal is {COST_GOAL} at most)\n"
-        f"  {args.clients} at once: {rates['full']['median']:.2f} requests/s with all tokens, "
-        f"{rates['pruned']['median']:.2f} with {args.keep_ratio:.0%}: "
-        f"{times_text(gain['realised'], 'not told')} ({gain['p10']:.2f} to {gain['p90']:.2f}; "
-        f"the goal is {GAIN_GOAL} at least), {row['runs']} rounds",
-        flush=True,
+        f"{row['family']}, {row['size']}, {row['tokens']} visual tokens, {row['runs']} rounds\n"
+        f"  one request: {one[SERVE]:.0f} ms, by generate {one[GENERATE]:.0f}: "
+        f"{cost['median']:.3f} of it ({cost['p10']:.3f} to {cost['p90']:.3f}; the goal is "
+        f"{COST_GOAL} at most)\n"
+        f"  {args.clients} at once: {rates[FULL]['median']:.2f} requests/s with all tokens"
     )
+    for pruner, gain in row["gains"].items():
+        print(
+            f"    {rates[pruner]['median']:.2f} with {args.keep_ratio:.0%} by {pruner}: "
+            f"{times_text(gain['realised'], 'not told')} ({gain['p10']:.2f} to {gain['p90']:.2f}; "
+            f"the goal is {GAIN_GOAL} at least)",
+            flush=True,
+        )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -175,7 +198,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "benchmark": "serving_speed", "device": device(), "machine": describe_machine(),
         "versions": versions(),
-        "clients": args.clients, "max_tokens": args.max_tokens, "pruner": args.pruner,
+        "clients": args.clients, "max_tokens": args.max_tokens,
         "keep_ratio": args.keep_ratio, "goals": {"cost": COST_GOAL, "gain": GAIN_GOAL},
         "rows": rows,
     }  # fmt: skip
@@ -186,10 +209,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = p.add_argument
     add("--family", action="append", choices=FAMILIES, help="model family; repeat (default: all)")
     add("--size", choices=SIZES, default="mid", help="model size (default: mid)")
-    add("--pruner", default="divprune", help="method of the pruned requests")
+    add(
+        "--pruner",
+        action="append",
+        help="method of the pruned requests; repeat (default: "
+        f"{BEHIND}, of Qwen2.5-VL also {INSIDE})",
+    )
     add("--keep-ratio", type=float, default=0.25, help="share of the visual tokens to keep")
     add("--clients", type=positive, default=8, help="requests at once")
     add("--max-tokens", type=positive, default=16, help="of an answer")
+    add("--pairs", type=positive, default=3, help="turns of one request in a round")
     add("--runs", type=positive, default=10, help="rounds, if there is time for them")
     add("--warmup", type=natural, default=1, help="rounds before those")
     add("--minutes", type=float, default=1.5, help="for each family's rounds; two at least are run")

@@ -122,6 +122,7 @@ def test_a_decoder_method_has_only_averages_that_its_schedule_allows(loaded):
     model, _ = loaded
     assert feasible(model, "fastv") == list(range(6, N))
     assert feasible(model, "norm") == list(range(1, N))
+    assert feasible(model, "tome:keep=4+norm") == [1, 2, 3, 4]  # no more are left
     with pytest.raises(UserError, match="one visual token"):
         feasible_budgets(plan("norm"), (1, 1), 3)
 

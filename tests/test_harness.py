@@ -293,7 +293,7 @@ def test_cache_gb_bounds_what_is_held_of_pictures_with_such_a_method_too(host, g
     with running_batch(*host, options) as batch:
         for _ in range(2):
             batch.add("a", batch.prepare(request))
-            batch.step()
+            assert len([*batch.step()]) == 1
             batch.clear()
         towers = batch.conversation.towers
         assert towers.misses == runs and (towers.store.nbytes > 0) is (gigabytes > 0)

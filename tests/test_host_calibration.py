@@ -103,6 +103,25 @@ def test_a_pruner_that_reads_the_text_takes_longer_with_more_of_it():
     assert of_images(10, calibration=calibration).ms(4, middle, 1)["pruner"] == pytest.approx(2.5)
 
 
+def test_a_tower_inside_which_tokens_leave_takes_less_and_holds_less_with_fewer():
+    """5 ms for each of N and 5 for each of K: 8 of 16 take 120, 2 of 4 take 30."""
+    inside = [
+        replace(run(r.K, r.N, r.text, vision=5.0 * (r.N + r.K)), held_bytes=r.K * MB)
+        for r in SMALL + LARGE
+    ]
+    calibration = replace(made_up(*inside), in_tower=True)
+    of_16, of_10 = (of_images(n, calibration=calibration) for n in (16, 10))
+    assert of_16.in_tower and not of_images(16).in_tower
+    assert of_16.ms(8, 8, 1)["vision"] == pytest.approx(120)
+    assert of_10.ms(5, 8, 1)["vision"] == pytest.approx(75)
+    assert of_16.ms(16, 8, 1)["vision"] == pytest.approx(160)
+    assert calibration.held_bytes(16, 0.5) == 8 * MB and calibration.held_bytes(10, 0.5) == 5 * MB
+    choice = choose(of_16, Budget(ms=130), workload(), range(1, 16))
+    assert choice.K == 6  # 5, 80, 1 and 8 leave 36 of 130 ms, and a token takes 5 and 1
+    reason = choose(of_16, Budget(ms=50), workload(), range(1, 16)).reason
+    assert "the vision tower alone" not in reason
+
+
 def test_k_is_the_largest_within_the_time_and_its_rows_are_those_that_are_read():
     """5 for the image, 100, 1 and 8 for the text leave 6 of 120 ms: one token a millisecond."""
     choice = choose(of_images(10), Budget(ms=120), workload(), range(1, 10))
@@ -202,6 +221,7 @@ def test_tiles_of_an_image_keep_at_least_one_token_each():
     host = host_of(MODELS("internvl_chat"))
     assert feasible_budgets(host, plan("norm"), [[4, 4, 4]]) == list(range(3, 12))
     assert feasible_budgets(host, plan("norm"), [[16], [4]]) == list(range(1, 16))
+    assert feasible_budgets(host, plan("patch_norm:keep=4+norm"), [[16]]) == [1, 2, 3, 4]
     with pytest.raises(UserError, match="one visual token of this model"):
         feasible_budgets(host, plan("norm"), [[1]])
 

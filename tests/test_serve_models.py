@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generation.arguments import build_serve_parser
+from mlx_vlm_prune.generation.request import Request
 from mlx_vlm_prune.models.vlm import VLM
 from mlx_vlm_prune.scenes import compose
 from mlx_vlm_prune.serve import settings_of
@@ -34,6 +36,7 @@ METHODS = [
     {}, {"visual_tokens": 5}, {"keep_ratio": 0.5, "pruner": "norm"},
     {"keep_ratio": 0.25, "pruner": "divprune"}, {"pruner": "avgpool", "visual_tokens": 4},
 ]  # fmt: skip
+INSIDE = [{"keep_ratio": 0.25, "pruner": f"{name}+divprune"} for name in ("patch_norm", "ipcv")]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,7 @@ def test_requests_of_all_kinds_share_a_batch_and_are_answered_as_alone(kind, loa
     model = loaded(kind)
     in_tiles = kind == "smolvlm"  # which share their image's K, so it is not small
     methods = [{}, {"keep_ratio": 0.5, "pruner": "norm"}] if in_tiles else METHODS
+    methods = [*methods, *(INSIDE if kind.startswith("qwen") and kind in HOSTS else ())]
     jobs = [
         (text, n, {**method, "max_tokens": 6 + n % 3})
         for n, method in enumerate(methods)
@@ -227,3 +231,39 @@ def test_the_method_is_the_command_lines_else_the_checkpoints_else_a_default(loa
     ):
         with pytest.raises(UserError, match=sentence):
             settings_of(parse(arguments))
+
+
+@pytest.mark.parametrize("ends", ["length", "stop"])
+def test_nobody_waits_for_the_step_behind_an_answer_of_mlx_vlms(ends, loaded, monkeypatch):
+    """mlx-vlm computes a step ahead, which nobody reads, and waits for it when an answer leaves."""
+    from mlx_vlm.generate.ar import GenerationBatch
+
+    from mlx_vlm_prune.hosts.running_batch import HostRunningBatch
+
+    model, processor = loaded("qwen2_5_vl")
+    request = Request("w7 w9", [PICTURES[0]], "norm", keep_ratio=0.5, max_tokens=3)
+    batch, wait = HostRunningBatch(model, processor, 2), GenerationBatch._eval_pending_state
+    try:
+        tokens = [token for token, _ in written(batch, request)]
+        if ends == "stop":
+            criteria = processor.tokenizer.stopping_criteria
+            monkeypatch.setattr(criteria, "eos_token_ids", tokens[:1])
+        events = list[Any]()
+        monkeypatch.setattr(
+            GenerationBatch, "_eval_pending_state", lambda self: events.append("wait") or wait(self)
+        )
+        for _, reason in written(batch, request):
+            events.append(reason)
+        expected = [None, None, "length"] if ends == "length" else ["stop"]
+        assert events == [*expected, "wait"]
+        assert not len(batch) and not batch.generator.has_work
+    finally:
+        batch.close()
+
+
+def written(batch: Any, request: Request) -> Iterator[tuple[int, str | None]]:
+    """Token by token of an answer that is alone in a batch, with the reason of its end."""
+    batch.add("a", batch.prepare(request))
+    while len(batch):
+        for piece in batch.step():
+            yield piece.response.token, piece.response.finish_reason

@@ -93,7 +93,8 @@ class RunningBatch(Protocol):
         ...
 
     def step(self) -> Iterable[AnswerPiece]:
-        """The next piece of each answer. After its last piece an answer is no more known."""
+        """The next piece of each answer, all of which are to be taken. After its last piece an
+        answer is no more known."""
         ...
 
     def remove(self, key: Hashable) -> None:

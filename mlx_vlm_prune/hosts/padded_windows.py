@@ -6,6 +6,7 @@ ones left but an array of places, and nothing returns to the host.
 Shapes: S rows at present, Q that ask, W windows of w places each, H heads, d head size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -62,16 +63,17 @@ class PaddedWindows:
         return absent.reshape(self.windows, self.size)
 
 
-def places_in_windows(order_N: np.ndarray, ends: np.ndarray, g: int) -> tuple[np.ndarray, int, int]:
-    """The first place of each token, (N,), with how many windows there are and of how many places.
+def windows_of(order_N: np.ndarray, ends: Sequence[int], g: int) -> PaddedWindows:
+    """The windows of a whole picture, whose rows stand token by token in raster order.
 
     `order_N` are the tokens window by window, of g rows each; `ends` the rows where windows begin
     and end.
     """
-    begins_W, sizes_W = ends[:-1] // g, np.diff(ends) // g
+    begins_W, sizes_W = np.array(ends[:-1]) // g, np.diff(ends) // g
     window_N = np.repeat(np.arange(len(sizes_W)), sizes_W)
     inside_N = np.arange(len(order_N)) - begins_W[window_N]
     size = g * int(sizes_W.max())
     place_N = np.empty(len(order_N), np.int32)
     place_N[order_N] = window_N * size + inside_N * g
-    return place_N, len(sizes_W), size
+    place_S = (place_N[:, None] + np.arange(g, dtype=np.int32)).reshape(-1)
+    return PaddedWindows(mx.array(place_S), len(sizes_W), size)

@@ -7,7 +7,7 @@ from the answers, so that an error in it is its own. Then it joins them.
 Shapes: V words.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -187,7 +187,7 @@ class HostRunningBatch:
         more = {name: value for name, value in features.to_dict().items() if value is not None}
         (uid,) = self.generator.insert(
             [inputs.ids],
-            max_tokens=[room.max_tokens],
+            max_tokens=[room.max_tokens + 1],  # the writer ends answers, see `step`
             prompt_kwargs=[{**inputs.extra, **more}],
             logits_processors=[row_processors(request)],
         )
@@ -211,22 +211,33 @@ class HostRunningBatch:
             raise
         finally:
             generator._generation_batch = running
+        read.stop_criteria = lambda token: False  # the writer ends answers, see `step`
         generator._extend_generation_batch(read)
 
-    def step(self) -> list[AnswerPiece]:
-        """A token of each answer."""
+    def step(self) -> Iterator[AnswerPiece]:
+        """A token of each answer.
+
+        mlx-vlm has begun the next step by then, and waits for it before an answer can leave. So
+        those that have ended leave behind the last piece, when whoever waits for them has it.
+        """
         _, responses = self.generator.next()
-        pieces = []
         for response in responses:
             answer = self.answers[response.uid]
-            pieces.append(piece := self._written(answer, response))
-            if isinstance(piece.response, Exception):
-                self.remove(answer.key)
-            elif piece.response.finish_reason:
+            piece = self._written(answer, response)
+            if isinstance(piece.response, Exception) or piece.response.finish_reason:
                 del self.answers[response.uid]
+            yield piece
+        self._leave_out_ended()
+
+    def _leave_out_ended(self) -> None:
+        """Of mlx-vlm's batch keep the rows of those answers that are still known."""
+        batch = self.generator._generation_batch
+        keep = [row for row, uid in enumerate(batch.uids) if uid in self.answers]
+        if len(keep) < len(batch.uids):
+            with generation_stream():
+                batch.filter(keep)
         if not self.answers:
             mx.clear_cache()
-        return pieces
 
     def _written(self, answer: HostAnswer, response: Any) -> AnswerPiece:
         """The piece of a token, or the fault that ends the answer; the other answers go on."""
@@ -244,8 +255,8 @@ class HostRunningBatch:
     def remove(self, key: Hashable) -> None:
         """Write no more of an answer, if it is known."""
         for uid in [uid for uid, answer in self.answers.items() if answer.key == key]:
-            self.generator.remove(uid)
             del self.answers[uid]
+            self._leave_out_ended()
 
     def _writer(self, answer: HostAnswer) -> AnswerWriter:
         """What turns the answer's tokens into text, with the figures of its prompt."""

@@ -13,9 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..models.image_encoder import check_order, step_cuts
+from ..models.image_encoder import cuts_inside
 from ..models.towers.signals import Cut, TowerPass
-from ..pruners import Pipeline, Stage
+from ..pruners import Pipeline
 from .views import View
 
 Received = Callable[[mx.array, mx.array], mx.array]
@@ -47,16 +47,10 @@ class TowerCuts:
 
         Raises UserError for a budget that cannot be kept.
         """
-        return [self._cuts(view.N, K) for view, K in zip(views, self.budgets(views), strict=True)]
-
-    def _cuts(self, n: int, K: int) -> list[Cut]:
-        cuts, budgets = list[Cut](), self.pipeline.budgets(n, K)
-        for step, left in budgets.at(Stage.ENCODER):
-            if n > left:
-                cuts += step_cuts(step, n, left, budgets, self.layers)
-                n = n if budgets.gives_back(step) else left
-        check_order(cuts)
-        return cuts
+        return [
+            cuts_inside(self.pipeline.budgets(view.N, K), view.N, self.layers)
+            for view, K in zip(views, self.budgets(views), strict=True)
+        ]
 
 
 def views_alike(cuts: Sequence[list[Cut]]) -> list[list[int]]:

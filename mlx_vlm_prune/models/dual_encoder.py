@@ -14,7 +14,7 @@ from mlx import nn
 from ..checkpoints.dual_encoder import DualEncoderConfig
 from ..checkpoints.errors import UserError
 from ..machine.clock import end_part
-from ..pruners import Pipeline, Pruner, Stage, StepBudgets
+from ..pruners import Pipeline, Stage, StepBudgets
 from .image_encoder import ImageEncoder
 from .pruning import ImageBatch, prune
 from .towers.pooling import PoolingHead
@@ -82,17 +82,19 @@ class DualEncoder(ImageEncoder):
                 " alone has none"
             )
 
-    def tower_cuts(self, step: Pruner, n: int, K: int, budgets: StepBudgets) -> list[Cut]:
+    def plan_tower(self, budgets: StepBudgets) -> tuple[list[tuple[int, int]], list[Cut]]:
         """Raises UserError, too, where CLS does not read what is left."""
-        cuts = super().tower_cuts(step, n, K, budgets)
+        grids, cuts = super().plan_tower(budgets)
         last = self.config.vision.depth - 1
-        if self.config.is_clip and all((c.layer, c.place) == (last, "middle") for c in cuts):
-            raise UserError(
-                f"{step.spec} drops tokens behind the attention of layer {last}, the last, so"
-                " CLIP's embedding would not change; give an earlier layer, as in"
-                f" {step.name}:layer={last // 2}"
-            )
-        return cuts
+        for step, _ in budgets.at(Stage.ENCODER) if self.config.is_clip else ():
+            places = {(cut.layer, cut.place) for cut in cuts if cut.pruner is step}
+            if places == {(last, "middle")}:
+                raise UserError(
+                    f"{step.spec} drops tokens behind the attention of layer {last}, the last, so"
+                    " CLIP's embedding would not change; give an earlier layer, as in"
+                    f" {step.name}:layer={last // 2}"
+                )
+        return grids, cuts
 
     def _project_cls(self, encoded: Encoded) -> mx.array:
         assert encoded.cls_BD is not None

@@ -3,6 +3,7 @@
 Shapes: I images, N visual tokens, K kept of each image.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
@@ -59,26 +60,16 @@ class ImageEncoder(nn.Module):
 
         Raises UserError where tokens cannot leave inside this tower.
         """
-        grids, cuts, n = list[tuple[int, int]](), list[Cut](), self.N
-        for step, K in budgets.at(Stage.IMAGE, Stage.ENCODER):
-            if step.stage is Stage.IMAGE and n > K:
-                grids.append(downsample.smaller_grid(self.grid, K))
-                n = prod(grids[-1])
-            elif n > K:
-                cuts += self.tower_cuts(step, n, K, budgets)
-                n = n if budgets.gives_back(step) else K
-        check_order(cuts)
-        return grids, cuts
-
-    def tower_cuts(self, step: Pruner, n: int, K: int, budgets: StepBudgets) -> list[Cut]:
-        """Where a method leaves K of n tokens between the tower's layers. Raises UserError."""
-        if self.merge != (1, 1):
-            raise UserError(
-                f"{step.name} works inside the tower; behind this one neighbouring patches"
-                " become one visual token, so all must be there: choose another method"
-            )
+        grids = smaller_grids(self.grid, budgets)
+        n = prod(grids[-1]) if grids else self.N
+        for step, _, _ in steps_inside(budgets, n)[:1]:
+            if self.merge != (1, 1):
+                raise UserError(
+                    f"{step.name} works inside the tower; behind this one neighbouring patches"
+                    " become one visual token, so all must be there: choose another method"
+                )
         vision = self.config.vision
-        return step_cuts(step, n, K, budgets, (vision.depth, vision.layers_behind))
+        return grids, cuts_inside(budgets, n, (vision.depth, vision.layers_behind))
 
     def shrink_pixels(self, pixels_IHW3: mx.array, grid: tuple[int, int]) -> mx.array:
         """Pictures of which the tower makes a smaller grid of visual tokens."""
@@ -86,17 +77,40 @@ class ImageEncoder(nn.Module):
         return shrink(pixels_IHW3, (grid[0] * down * patch, grid[1] * across * patch))
 
 
-def step_cuts(
-    step: Pruner, n: int, K: int, budgets: StepBudgets, layers: tuple[int, int]
-) -> list[Cut]:
-    """Where a method leaves K of n tokens between a tower's layers; `layers` are those that signals
-    can be taken from, and how many lie behind them. Raises UserError."""
-    cuts = step.call(step.method.cuts, layers[0], n, K)
-    whole, returns = budgets.whole_layers(step, *layers), budgets.gives_back(step)
-    return [Cut(layer, place, left, step, whole, returns) for layer, place, left in cuts]
+def smaller_grids(grid: tuple[int, int], budgets: StepBudgets) -> list[tuple[int, int]]:
+    """The grids to which a picture of `grid` visual tokens shrinks, one after another."""
+    grids, n = list[tuple[int, int]](), prod(grid)
+    for _, K in budgets.at(Stage.IMAGE):
+        if n > K:
+            grids.append(downsample.smaller_grid(grid, K))
+            n = prod(grids[-1])
+    return grids
 
 
-def check_order(cuts: list[Cut]) -> None:
+def steps_inside(budgets: StepBudgets, n: int) -> list[tuple[Pruner, int, int]]:
+    """The methods by which tokens leave inside a tower that is given n: each with how many there
+    are by then, and how many it leaves."""
+    steps = []
+    for step, left in budgets.at(Stage.ENCODER):
+        if n > left:
+            steps.append((step, n, left))
+            n = n if budgets.gives_back(step) else left
+    return steps
+
+
+def cuts_inside(budgets: StepBudgets, n: int, layers: tuple[int, int]) -> list[Cut]:
+    """Where tokens leave between a tower's layers; `layers` are those that signals can be taken
+    from, and how many lie behind them. Raises UserError."""
+    cuts = list[Cut]()
+    for step, there, left in steps_inside(budgets, n):
+        whole, returns = budgets.whole_layers(step, *layers), budgets.gives_back(step)
+        places = step.call(step.method.cuts, layers[0], there, left)
+        cuts += [Cut(layer, place, K, step, whole, returns) for layer, place, K in places]
+    check_order(cuts)
+    return cuts
+
+
+def check_order(cuts: Sequence[Cut]) -> None:
     """Raise UserError where tokens leave among those of which some may come back, or by a method
     of the chain ahead of those that leave by an earlier one: each counts on what the earlier ones
     leave. The cuts are in the order of the chain."""

@@ -10,7 +10,6 @@ from ..generation.request import Request
 from ..generation.stream import pipeline_for
 from ..hosts.auto import facts_of
 from ..models.vlm import VLM
-from ..pruners import Stage, plan
 from ..pruners.auto import AutoChoice, ModelFacts, choose
 from ..pruners.auto.choice import NONE
 from .budgets import BudgetChoice, check_free_budget
@@ -38,7 +37,7 @@ def facts_to_time(
         if not facts.can(spec, share):
             return False
         if not isinstance(model, VLM):
-            return not plan(spec).at(Stage.ENCODER)
+            return True
         try:
             check_free_budget(pipeline_for(model, spec), model.N)
         except UserError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -52,13 +52,15 @@ class SizedRun(Run):
 class HostCalibration:
     """Runs of one model with one pruner, in order, and the environment that they are valid for.
 
-    `pictures` are width, height and N of each size, N ascending.
+    `pictures` are width, height and N of each size, N ascending. `in_tower`: the tower's work
+    depends on K.
     """
 
     pruner: str
     pictures: tuple[tuple[int, int, int], ...]
     runs: tuple[SizedRun, ...]
     environment: Mapping[str, Any]
+    in_tower: bool = False
 
     @cached_property
     def row_bytes(self) -> float:
@@ -69,7 +71,21 @@ class HostCalibration:
     def sizes(self) -> dict[int, Calibration]:
         """The runs about each size, by N, ascending."""
         runs = {N: tuple(run for run in self.runs if run.N == N) for _, _, N in self.pictures}
-        return {N: Calibration(self.pruner, N, False, 0, of_N, {}) for N, of_N in runs.items()}
+        inside = self.in_tower
+        return {N: Calibration(self.pruner, N, inside, 0, of_N, {}) for N, of_N in runs.items()}
+
+    @cached_property
+    def held(self) -> list[tuple[list[float], list[float]]]:
+        """Of each size the shares of tokens that stayed, ascending, and the bytes that the tower's
+        output for one image then holds."""
+        of_sizes = []
+        for N in self.sizes:
+            of_K: dict[int, list[int]] = {}
+            for run in sorted(self.runs, key=lambda run: run.K):
+                if run.N == N and run.images == 1:
+                    of_K.setdefault(run.K, []).append(run.held_bytes)
+            of_sizes.append(([K / N for K in of_K], [median(held) for held in of_K.values()]))
+        return of_sizes
 
     @cached_property
     def slack(self) -> float:
@@ -108,20 +124,20 @@ class HostCalibration:
         is_read = text <= most_text and len(tokens) <= most_images
         return bool(is_read and max(tokens) <= self.pictures[-1][2])
 
-    def held_bytes(self, tokens: Sequence[int]) -> float:
-        """What the tower's output for images of so many tokens each holds."""
-        of_size = [
-            median(run.held_bytes for run in self.runs if run.N == N and run.images == 1)
-            for N in self.sizes
-        ]
-        return float(np.interp(tokens, [*self.sizes], of_size).sum())
+    def held_bytes(self, n: int, share: Any) -> Any:
+        """What the tower's output holds for one image of n tokens, of which a share stays."""
+        return self._between(n, [np.interp(share, *of_size) for of_size in self.held])
 
     def of_image(self, figure: str, part: str, n: int, share: Any) -> Any:
-        """What a part takes for one image of n tokens, of which a share stays; above the largest
-        size in proportion to it."""
-        value_S = [
-            by_tokens(size.tables[figure], part, N, share * N) for N, size in self.sizes.items()
-        ]
+        """What a part takes for one image of n tokens, of which a share stays."""
+        sizes = self.sizes.items()
+        return self._between(
+            n, [by_tokens(size.tables[figure], part, N, share * N) for N, size in sizes]
+        )
+
+    def _between(self, n: int, value_S: Sequence[Any]) -> Any:
+        """The figure of an image of n tokens by those of the sizes; above the largest in proportion
+        to it."""
         place = float(np.interp(n, [*self.sizes], range(len(value_S))))
         low, high = value_S[int(place)], value_S[min(int(place) + 1, len(value_S) - 1)]
         return (low + (place % 1) * (high - low)) * max(1.0, n / self.pictures[-1][2])
@@ -150,7 +166,10 @@ class ImagesCalibration:
     calibration: HostCalibration
     tokens: tuple[int, ...]
     full_rows: int
-    in_tower: ClassVar[bool] = False
+
+    @property
+    def in_tower(self) -> bool:
+        return self.calibration.in_tower
 
     @property
     def pruner(self) -> str:
@@ -189,11 +208,20 @@ class ImagesCalibration:
 
     def nbytes(self, K: Any, text: Any, images: Any) -> dict[str, Any]:
         """The predicted most bytes that each part holds beside the weights and the pixels."""
-        parts = self._predict("nbytes", K, text)
-        return parts | {"prefill": parts["prefill"] + self.calibration.held_bytes(self.tokens)}
+        parts, share_I = self._predict("nbytes", K, text), self._shares(K)
+        held = [
+            self.calibration.held_bytes(n, share_I[..., image])
+            for image, n in enumerate(self.tokens)
+        ]
+        return parts | {"prefill": parts["prefill"] + sum(held)}
+
+    def _shares(self, K: Any) -> np.ndarray:
+        """The share of each image's tokens that stays, (..., I)."""
+        shares: np.ndarray = self.kept(K) / np.array(self.tokens)
+        return shares
 
     def _predict(self, figure: str, K: Any, text: Any) -> dict[str, Any]:
-        calibration, share_I = self.calibration, self.kept(K) / np.array(self.tokens)
+        calibration, share_I = self.calibration, self._shares(K)
         parts: dict[str, Any] = {}
         for part in ("vision", "pruner"):
             of_images = [

@@ -95,11 +95,6 @@ def open_prompt(host: Host, pipeline: Pipeline, request: Request) -> HostPrompt:
     """Open a request's images and prepare its prompt. Raises UserError, also without an image."""
     if not request.images:
         raise UserError("a budget needs an image; without one there is nothing to prune")
-    for step in pipeline.at(Stage.ENCODER):
-        raise UserError(
-            f"{step.name} works inside the tower, whose time by budget is not known in mlx-vlm"
-            " models: give keep_ratio or keep_tokens, or choose another method"
-        )
     given = request.given_host_options
     policy, of_cache = check_pipeline(host, pipeline, request.positions), cache_options(given)
     check_cache_options(host, pipeline, of_cache)
@@ -141,7 +136,7 @@ def feasible_budgets(host: Host, pipeline: Pipeline, views: Sequence[Sequence[in
         (every_K >= sum(sizes)) | (shares(every_K, sizes) > 0).all(axis=-1) for sizes in views
     ]
     possible: list[int] = every_K[np.all(shared, axis=0)].tolist()
-    if possible and not pipeline.decoder:
+    if possible and not pipeline.decoder and len(pipeline.steps) == 1:
         return possible
     for K in possible or [N - 1]:
         try:
@@ -161,9 +156,11 @@ def _check_feasible(host: Host, pipeline: Pipeline, K: int, sizes: Sequence[int]
     if sum(sizes) <= K:
         return
     for n, part in zip(sizes, share_budget(K, sizes), strict=True):
+        left = pipeline.budgets(n, part).before_last
         if step and layers:
-            left = pipeline.budgets(n, part).before_last
             step.call(step.method.schedule, layers.depth, left, part)
+        elif part > left:
+            raise UserError(f"{pipeline.spec}: the last method is given {left}, and keeps no more")
 
 
 @dataclass(frozen=True)
@@ -260,7 +257,8 @@ def measure(prompt: HostPrompt, older: HostCalibration | None = None) -> HostCal
     spec = prompt.pipeline.spec
     runs = timed_runs(settings, lambda setting: run_once(prompt, *setting), spec)
     pictures = tuple((*timed.picture.size, timed.N) for timed in sizes)
-    return HostCalibration(spec, pictures, runs, environment(dtype_of(prompt.host)))
+    inside = bool(prompt.pipeline.at(Stage.ENCODER))
+    return HostCalibration(spec, pictures, runs, environment(dtype_of(prompt.host)), inside)
 
 
 def timed_sizes(prompt: HostPrompt, sides: tuple[int, int]) -> list[TimedPrompt]:

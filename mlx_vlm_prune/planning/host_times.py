@@ -25,7 +25,7 @@ QUARTER = 4
 def measure(model: Any, processor: Any, image: Any) -> Measured:
     """Calibrate, or take the saved calibration, and predict the times with a quarter of the tokens.
 
-    Nothing leaves inside a tower of mlx-vlm's. A smaller image is one of those that were run.
+    The method works behind the tower. A smaller image is one of those that were run.
     """
     host = host_of(model, processor)
     request, pipeline = Request(PROMPT, [image]), plan_for_host(host, BEHIND_TOWER)

@@ -12,11 +12,13 @@ prompt, D features, B prompts.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from types import MappingProxyType
 
 from ..checkpoints.config import MiniMindConfig, MlxLmConfig, SiglipConfig, VLMConfig
+from ..models.image_encoder import smaller_grids, steps_inside
 from ..models.layers import PREFILL_STEP_SIZE
-from ..pruners import Pipeline, Stage, StepBudgets, downsample
+from ..pruners import Pipeline, Stage, StepBudgets
 
 
 @dataclass(frozen=True)
@@ -84,18 +86,13 @@ def count(
 
 def _tower(config: VLMConfig, budgets: StepBudgets) -> tuple[int, int]:
     """Multiply-adds of the tower for one image, and the number of its output tokens."""
-    v, N, (down, across) = config.vision, budgets.N, config.merge
-    patches, n, cuts, attended = N * down * across, N, [], dict[int, int]()
-    for step, K in budgets.per_step:
-        if step.stage is Stage.IMAGE and n > K:
-            rows, columns = downsample.smaller_grid(config.grid, K)
-            n = rows * columns
-            patches = n * down * across
-        elif step.stage is Stage.ENCODER and n > K:
-            cuts += step.call(step.method.cuts, v.depth, n, K)
-            attended |= dict.fromkeys(budgets.whole_layers(step, v.depth, v.layers_behind), n)
-            n = n if budgets.gives_back(step) else K
-    return tower(config, patches, cuts, attended), n
+    v, (down, across), cuts, attended = config.vision, config.merge, [], dict[int, int]()
+    grids = smaller_grids(config.grid, budgets)
+    n = prod(grids[-1]) if grids else budgets.N
+    for step, there, K in steps_inside(budgets, n):
+        cuts += step.call(step.method.cuts, v.depth, there, K)
+        attended |= dict.fromkeys(budgets.whole_layers(step, v.depth, v.layers_behind), there)
+    return tower(config, n * down * across, cuts, attended), budgets.left_after(Stage.ENCODER, n)
 
 
 def tower(

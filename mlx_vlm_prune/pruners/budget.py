@@ -24,8 +24,8 @@ def feasible_budgets(pipeline: Pipeline, grid: tuple[int, int], layers: int) -> 
         raise UserError("an image is one visual token of this model, so nothing can be pruned")
     if len(pipeline.steps) == 1 and pipeline.at(Stage.IMAGE):
         return sorted({math.prod(downsample.smaller_grid(grid, K)) for K in range(1, N)})
-    if not step:
-        return list(range(1, N))
+    if not step:  # an earlier method of a chain may leave fewer than K
+        return [K for K in range(1, N) if pipeline.budgets(N, K).before_last >= K]
     feasible, refusal = [], None
     for K in range(1, N):
         n = pipeline.budgets(N, K).before_last

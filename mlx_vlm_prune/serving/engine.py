@@ -259,18 +259,16 @@ class Engine:
             )
 
     def _step(self) -> None:
-        """A token of each answer."""
+        """A token of each answer, which is sent before the batch gets ready for the next."""
         try:
-            pieces = [*self.batch.step()]
+            for piece in self.batch.step():
+                self._deliver(piece)
         except Exception as problem:  # whose fault it is cannot be told: all of the batch end
             logger.exception("a step of the batch failed")
             for job in self.running:
                 job.deliver(refusal_of(problem))
             self.running.clear()
             self.batch.clear()
-            return
-        for piece in pieces:
-            self._deliver(piece)
 
     def _deliver(self, piece: AnswerPiece) -> None:
         job, response = piece.key, piece.response

@@ -17,7 +17,7 @@ import numpy as np
 
 from ...models.towers.signals import TowerPass
 from ...pruners.contract import Reduction
-from ..padded_windows import PaddedWindows, places_in_windows
+from ..padded_windows import PaddedWindows, windows_of
 from ..tower_cuts import Attended, run_layers
 from ..views import View
 from .packed_patches import PackedPatches, heads
@@ -34,6 +34,7 @@ class CutQwenTower:
 
     def encode(self, view: View) -> View:
         """The view with the visual tokens that are left."""
+        self.tables: dict[tuple[int, ...], PaddedWindows] = {}
         x_1SD = self._in_raster_order(self.packed.x_SD)[None]
         self.angles_Sa = self._in_raster_order(self.packed.angles_Sa)
         x_1SD = run_layers(
@@ -54,7 +55,7 @@ class CutQwenTower:
             kept = run.absent.kept if run.absent else None  # before they left
             angles_Sa = self._of_rows(self.angles_Sa, kept)
             every_HSd, k_HSd, v_HSd = heads(block, attended_1SD[0], angles_Sa)
-            all_queries = partial(mx.array, every_HSd[None])
+            all_queries = partial(mx.expand_dims, every_HSd, 0)
         if windows := self._windows(number, kept):
             asking = windows if kept is run.kept else self._windows(number, run.kept)
             assert asking
@@ -68,12 +69,13 @@ class CutQwenTower:
 
     def _windows(self, number: int, kept: Reduction | None) -> PaddedWindows | None:
         """Those of a layer, with the places of the rows that are left."""
-        ends, g = np.array(self.packed.bounds(number)), self.run.group
+        ends: Any = tuple(np.array(self.packed.bounds(number)).tolist())
         if len(ends) == 2:  # one, of all
             return None
-        place_N, windows, size = places_in_windows(self.packed.order_U, ends, g)
-        place_S = mx.array((place_N[:, None] + np.arange(g)).reshape(-1).astype(np.int32))
-        return PaddedWindows(self._of_rows(place_S, kept), windows, size)
+        if ends not in self.tables:
+            self.tables[ends] = windows_of(self.packed.order_U, ends, self.run.group)
+        table = self.tables[ends]
+        return replace(table, place_S=self._of_rows(table.place_S, kept))
 
     def _of_rows(self, x_S: mx.array, kept: Reduction | None) -> mx.array:
         """Of what the patches of the image have, in raster order, that of the rows left: of merged
