@@ -50,12 +50,14 @@ class Times:
 @dataclass(frozen=True)
 class Measured:
     """The times of an image of so many tokens, of which so many are kept; bytes of the prompt's
-    cache with all of them, and with those."""
+    cache with all of them, and with those. `inside_tower` says what is known of methods there,
+    where `times` has none."""
 
     tokens: int
     kept: int
     times: Times
     cache_bytes: tuple[int, int]
+    inside_tower: str = ""
 
 
 def measure(model: VLM, processor: Processor, image: Any) -> Measured:
