@@ -34,7 +34,7 @@ import mlx.core as mx
 from mlx_vlm_prune import Reduction, Signals, Stage
 from mlx_vlm_prune.pruners.numerics import choosing, constant, keep_highest, to_choice_dtype
 
-stage = Stage.FEATURES  # at the end of the tower; PROJECTED is behind the projector
+stage = Stage.FEATURES  # at the end of the tower; PROJECTED is after the projector
 needs: dict[str, str | None] = {}  # signals beside the tokens: {"cls_attention": "layer"}
 
 

@@ -43,7 +43,7 @@ class Times:
 
     @property
     def most_speedup(self) -> float:
-        """The speedup of a method behind the tower that keeps no token: the upper bound."""
+        """The speedup of a method after the tower that keeps no token: the upper bound."""
         return self.total / (self.image + self.vision)
 
 
