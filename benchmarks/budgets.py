@@ -106,7 +106,7 @@ def random_prompt(rng: random.Random, least_side: int = LEAST_SIDE) -> tuple[str
 
 def calibrate(model: Any, processor: Any, spec: str, rng: random.Random) -> Any:
     """The calibration of a method, on a picture of its own; as large as any for mlx-vlm's models,
-    whose larger pictures would be calibrated anew."""
+    whose larger pictures would be calibrated again."""
     if isinstance(model, VLM):
         inputs = prepare_prompt(model, processor, *random_prompt(rng))
         return measure(model, pipeline_for(model, spec), inputs)

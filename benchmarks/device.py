@@ -5,7 +5,7 @@ of visual tokens and each shape, with random weights, every method at each budge
 beside mlx-lm's. Pruned and full requests alternate in one process. Opening the picture is measured
 apart. After every case the result is written to benchmarks/results/device-NAME.json; the last line
 is the same JSON. A run that was interrupted goes on with the file, where machine, versions and
-commit are the same; delete the file to measure anew. `python -m benchmarks.report` makes
+commit are the same; delete the file to measure again. `python -m benchmarks.report` makes
 docs/devices.md of all such files.
 """
 

@@ -15,11 +15,11 @@ What pruning gains on the machines that were measured. Each machine was measured
 `make report` or `python -m benchmarks.device`, which writes `benchmarks/results/device-NAME.json`.
 This page is made from these files (`python -m benchmarks.report`); nothing is written by hand.
 
-Weights are random, in the published shapes. Full and pruned requests alternate in one process, and
-each part is timed until it is computed. Times are medians. "Times as fast" has the median, where it
-is clear, and the first and last decile of the ratios of neighbouring runs. The first token is timed
-from the opened picture on. "Choosing" is empty where a method chooses inside the tower; the tower's
-time then includes it.
+Weights are random, in the published shapes. Full and pruned requests alternate in one process.
+Times are medians. "Times as fast" is the median ratio of neighbouring runs, with the first and the
+last decile; the median is omitted if there is no clear difference. The time to the first token
+starts after the picture is opened. "Choosing" is empty if a method chooses inside the tower; then
+the tower's time includes it.
 """
 NONE_YET = "No machine has been measured yet.\n"
 

@@ -2,7 +2,7 @@
 
 On a GPU first the tests of `make test-metal`, in a third of the time; then `benchmarks.device` in
 the rest. Their outcome joins the result, benchmarks/results/device-NAME.json, and docs/devices.md
-is written anew.
+is written again.
 """
 
 import argparse

@@ -48,7 +48,7 @@ STAGES = {
 
 
 def write_start(folder: Path) -> None:
-    """The built-in model without its pruners, its projector drawn anew."""
+    """The built-in model without its pruners, its projector drawn again."""
     checkpoint, rng = read_checkpoint(CHECKPOINT), np.random.default_rng(0)
     drawn = {}
     for name, tensor in checkpoint.tensors.items():

@@ -57,9 +57,9 @@ def _auto_choices(accuracy: dict[str, Any], of: int) -> dict[int, str]:
 
 def _auto_sentence(chosen: dict[int, str]) -> str:
     if len({*chosen.values()}) == 1:
-        return f"`auto`, the default where only a budget is given, takes `{chosen[BUDGETS[0]]}`."
+        return f"`auto`, the default with a budget alone, chooses `{chosen[BUDGETS[0]]}` here."
     each = " and ".join(f"`{name}` at {K} tokens" for K, name in chosen.items())
-    return f"`auto`, the default where only a budget is given, takes {each}."
+    return f"`auto`, the default with a budget alone, chooses {each} here."
 
 
 def _front_methods(right: Rows, timed: Rows, chosen: list[str]) -> list[str]:
@@ -97,11 +97,11 @@ def _measurement(accuracy: dict[str, Any], speed: dict[str, Any]) -> str:
     cpu = re.sub(r"\((?:R|TM)\)", "", machine["cpu"])
     timed_on = f" on {speed['date']}" if "date" in speed else ""
     return (
-        f"Right answers of {accuracy['count']:,} questions, measured on {days(accuracy)} by"
-        " `python -m mlx_vlm_prune.evaluate --all`. First token: median of"
-        f" {speed['runs']} runs{timed_on}, the picture's opening and the vision tower included, and"
-        " in brackets the median ratio to the run with all tokens just before each, by"
-        f" `python -m benchmarks.speed --shape scenes`; {machine['cores']} cores"
+        f"Right: the share of {accuracy['count']:,} questions, by `mlx-vlm-prune evaluate --all`,"
+        f" {days(accuracy)}. First token: the median of {speed['runs']} runs{timed_on}, with"
+        " the opening of the picture and the vision tower. The speedup is the median ratio to the"
+        " run with all tokens just before. Measured by `python -m benchmarks.speed --shape scenes`"
+        f" on {machine['cores']} cores"
         f" ({cpu}, {machine['system']}), MLX {mlx} on its {speed['device'].upper()}."
     )
 
@@ -131,9 +131,8 @@ def _gpu_sentence(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     commit = f", commit {result['commit']}" if result["commit"] else ""
     return (
         f"On a GPU ({gpu}, {result['date']}{commit}, `python -m benchmarks.device`), with random"
-        f" weights in the shape of {rows[0]['shape']}, {rows[0]['tokens']} tokens to"
-        f" {rows[0]['budget']}, median of {result['runs']} runs,"
-        + (f" the first token came so many times as fast: {times}." if clear else "")
-        + (f" Not clear: {unclear}." if unclear and clear else "")
-        + (f" the first token's gain was clear with none of {unclear}." if not clear else "")
+        f" weights in the shape of {rows[0]['shape']}, {rows[0]['budget']} of {rows[0]['tokens']}"
+        f" tokens, the median of {result['runs']} runs. Speedup of the first token: "
+        + (f"{times}." if clear else f"no clear difference with {unclear}.")
+        + (f" No clear difference: {unclear}." if unclear and clear else "")
     )

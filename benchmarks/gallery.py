@@ -1,15 +1,18 @@
 """Write docs/pruners.md and docs/gallery.html, on every method: `python -m benchmarks.gallery`.
 
 Texts come from each method's file, figures from benchmarks/results, pictures from the built-in
-model: `--draw` draws them anew, of three scenes and of two photographs, and `--explore` asks anew
-what the gallery shows. Nothing on the pages is written by hand.
+model. `--draw` draws the pictures again, of three scenes and two photographs, with `--pruner` only
+those of some methods. `--explore` computes the gallery again. Nothing on the pages is written by
+hand.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence
 from mlx_vlm_prune.checkpoints.errors import UserError
@@ -36,13 +39,14 @@ HEAD = f"""# The methods
 This page is made from each method's own file, `benchmarks/results` and the built-in model
 (`python -m benchmarks.gallery`).
 
-Pictures: three drawn scenes, asked "{QUESTION}", and two photographs. 49 of 196 tokens are
-left, or 98 in the average layer where a method in the decoder cannot work with fewer (then the last
-layer that holds any is shown). Dark patches were dropped. Patches of one tint were merged into the
-one with the dot. The model never saw a photograph, so what it looks at there is no evidence.
+Pictures: three drawn scenes with the question "{QUESTION}", and two photographs. 49 of 196
+tokens are kept, or a mean of 98 over the layers if a method in the decoder cannot keep fewer (then
+the last layer with visual tokens is shown). Dark patches were dropped. Patches of the same tint
+were merged into the patch with the dot. The model never saw a photograph in training, so the
+choices there prove nothing.
 
-Accuracy: on held-out scenes, as in the [benchmarks](benchmarks.md). ▲ and ▼ mark what is above and
-below `random` at the same budget.
+Accuracy: on held-out scenes, as in the [benchmarks](benchmarks.md). ▲ and ▼ mark figures that are
+above and below `random` at the same budget.
 
 The photographs are from [minimind-v](https://github.com/jingyaogong/minimind-v)
 (`dataset/eval_images`, Apache-2.0).
@@ -85,14 +89,23 @@ def accuracy_table(rows: dict[int, dict]) -> str:
     return markdown(["tokens", *KINDS, "mean"], "r" * (len(KINDS) + 2), lines)
 
 
-def draw(photographs: Sequence[Path]) -> None:
-    """Draw a strip of five pictures for every method that the built-in model can have."""
+def draw(photographs: Sequence[Path], names: Sequence[str] = ()) -> None:
+    """Draw a strip of five pictures for each of these methods, else for every method that the
+    built-in model can have. Raises UserError for one that it cannot draw.
+    """
     model, processor = load()
+    # `none` selects nothing, and slots of `attention_pool` have no place in the image.
+    drawable = [
+        name
+        for name in gallery_page.usable_methods(model)
+        if name not in ("none", "attention_pool")
+    ]
+    for name in names:
+        if name not in drawable:
+            raise UserError(f"--pruner is {name!r}; can be drawn: {', '.join(drawable)}")
     images = _images(photographs)
     PICTURES.mkdir(exist_ok=True)
-    for name in gallery_page.usable_methods(model):
-        if name in ("none", "attention_pool"):
-            continue  # nothing is selected, or its slots have no place in the image
+    for name in tqdm(names or drawable, "pictures", file=sys.stderr, leave=False):
         tiles = [_tile(model, processor, image, name) for image in images]
         with atomic_path(PICTURES / f"{name}.jpg", replace=True) as temporary:
             join_images(tiles).save(temporary, format="JPEG", quality=82, optimize=True)
@@ -131,19 +144,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=Path,
         nargs=2,
         metavar="PHOTO",
-        help="also draw the pictures, of these two photographs too",
+        help="also draw the pictures in docs/pruners, of three scenes and these two photographs",
+    )
+    p.add_argument(
+        "--pruner",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="with --draw: draw only these methods (default: all)",
     )
     p.add_argument(
         "--explore",
         type=Path,
         nargs="*",
         metavar="PHOTO",
-        help="also ask anew what docs/gallery.html shows, about these photographs too",
+        help="also compute docs/gallery.html again, with these photographs",
     )
     with in_one_sentence():
         args = p.parse_args(argv)
+        if args.pruner and args.draw is None:
+            raise UserError("--pruner is for --draw, which takes two photographs")
         if args.draw is not None:
-            draw(args.draw)
+            draw(args.draw, args.pruner)
         if args.explore is not None:
             names = [photograph.name for photograph in args.explore]
             gallery(*load(), QUESTION, _images(args.explore), names).save(gallery_page.PAGE)

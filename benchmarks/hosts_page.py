@@ -39,7 +39,7 @@ NO_VIDEO = "videos are not pruned yet: `attach(allow_videos=True)` reads them wh
 COUNTED = "it counts the rows it is given"
 # Of each column what stands in the way in a family, None where nothing does.
 COLUMNS: dict[str, Callable[[Family], str | None]] = {
-    "behind the tower": lambda family: None,
+    "after the tower": lambda family: None,
     "between the tower's layers": lambda family: family.why_no_encoder_methods,
     "between the language model's layers": lambda family: (
         None if family.language_layers_class else family.why_no_decoder_methods
@@ -78,7 +78,7 @@ def names_by_family() -> dict[Family, list[str]]:
 
 
 def refused_methods(family: Family) -> dict[str, str]:
-    """The methods that cannot work in a family, with why; learned ones behind the tower have a
+    """The methods that cannot work in a family, with why; learned ones after the tower have a
     column of their own."""
     methods = (m for m in METHODS.values() if not m.learned or m.stage is Stage.DECODER)
     reasons = {

@@ -109,7 +109,7 @@ def rivals_table(results: Path) -> str:
 def budgets_table(results: Path) -> str:
     """Budgets in milliseconds that were met, with the chosen K and with more tokens."""
     heads = (
-        "model", "pruner", "within the wish", "prediction off by (median)",
+        "model", "pruner", "within the budget", "error of the prediction (median)",
         "with 1/49 of the tokens more", "with a quarter more",
     )  # fmt: skip
     lines = []

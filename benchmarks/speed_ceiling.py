@@ -12,7 +12,7 @@ from .model_shapes import parameter_counts
 PLACES = {
     "smaller image": "downsample",
     "before the tower's layers": "patch_norm",
-    "behind the tower": "uniform",
+    "after the tower": "uniform",
 }
 
 
@@ -39,7 +39,7 @@ def print_ceiling(setting: Any, dtype: str, where: str, budgets: Sequence[int]) 
                 kept = round(pruned.visual[0])
                 print(f"{place:>28}{kept:>8}{tower:>9}{prefill:>10}{first:>14}")
     fixed = full.first_token / full.vision
-    print(f"However few are kept behind the tower: first token below {fixed:.2f}x\n", flush=True)
+    print(f"However few are kept after the tower: first token below {fixed:.2f}x\n", flush=True)
 
 
 def _pruned_operations(setting: Any, method: str, K: int) -> Operations | None:

@@ -26,7 +26,7 @@ from .scenes import compose
 
 SAMPLE_SEED = 1_000_000_007
 LEAST_SPEEDUP, MOST_LOSS = 1.1, 0.02  # below the speedup, or above the loss, pruning does not pay
-EVALUATE = "python -m mlx_vlm_prune.evaluate"
+EVALUATE = "mlx-vlm-prune evaluate"
 DESCRIPTION = "Measure whether pruning pays, for a model on this machine, and recommend a method."
 
 
@@ -44,6 +44,7 @@ class Advice:
     count: int = 0  # of the questions
     date: str = ""  # when they were asked
     full: float = 1.0  # their score with all tokens
+    inside_tower: str = ""  # what is said of methods there where their time is not predicted
 
     @property
     def lines(self) -> list[str]:
@@ -51,12 +52,13 @@ class Advice:
         share = {name: getattr(t, name) / t.total for name in ("image", "vision", "prefill")}
         speedups = {stage: t.total / ms for stage, ms in t.first.items()}
         return [
-            f"{self.model} on this machine: the first token after {t.total:.0f} ms, then one every "
-            f"{t.token:.1f} ms, with all {self.tokens} visual tokens of an image.",
+            f"{self.model} on this machine, with all {self.tokens} visual tokens of an image: "
+            f"{t.total:.0f} ms to the first token, {t.token:.1f} ms for each further one.",
             f"Of the time to the first token, opening the image takes {share['image']:.0%}, the "
             f"vision tower {share['vision']:.0%}, projector and prompt {share['prefill']:.0%}.",
-            f"Behind the tower no method can win more than {t.most_speedup:.2f} x, even if nothing "
-            f"were left; with {self.kept} tokens {speedups['behind']:.2f} x is to be expected.",
+            f"After the tower a method that keeps {self.kept} tokens should make the first token "
+            f"{speedups['behind']:.2f} x as fast; with no token left it would be "
+            f"{t.most_speedup:.2f} x.",
             self._tower_line(speedups),
             f"The cache of the prompt: {full_mb:.1f} MB, with {self.kept} tokens {kept_mb:.1f} MB.",
             *self._frontier_lines(),
@@ -68,14 +70,13 @@ class Advice:
         smaller = f"{speedups.get('smaller', 0):.2f} x"
         if "inside" in speedups:
             return (
-                f"Inside the tower ({INSIDE_TOWER}) the operation count lets expect "
-                f"{speedups['inside']:.2f} x, of a smaller image ({SMALLER_IMAGE}) "
-                f"{smaller}, with {self.kept} tokens."
+                f"Inside the tower ({INSIDE_TOWER}) it should be {speedups['inside']:.2f} x, with "
+                f"a smaller image ({SMALLER_IMAGE}) {smaller}, by the operation count."
             )
-        line = "Inside the tower no method works in mlx-vlm's models"
+        line = f"Inside the tower {self.inside_tower}"
         if "smaller" in speedups:
-            return f"{line}; of a smaller image (--resize-shape), about half as wide, {smaller}."
-        return f"{line}, and a smaller image becomes as many tokens."
+            return f"{line}; a smaller image (--resize-shape), half as wide, should give {smaller}."
+        return f"{line}; a smaller image has as many visual tokens."
 
     def _frontier_lines(self) -> list[str]:
         when = f"of {self.date[:16].replace('T', ' ')}" if self.date else "without a date"
@@ -83,7 +84,7 @@ class Advice:
         if not self.frontier and self.count:
             return [f"In {about} no method is better than random."]
         if not self.frontier:
-            return [f"What it costs in answers is not known: run {EVALUATE}{self._model}"]
+            return [f"What pruning costs in answers was not measured: {EVALUATE}{self._model}"]
         losses = [100 * row["to_full"]["overall"][0] for row in self.frontier]
         methods = "; ".join(
             f"{row['pruner']} with {row['tokens']} ({loss:+.1f} points)"
@@ -102,9 +103,9 @@ class Advice:
         if speedup < LEAST_SPEEDUP:
             return f"Advice: do not prune; at best it would be {speedup:.2f} x as fast here."
         safe = [row for row in self.frontier if self._is_safe(row)]
-        command = f"python -m mlx_vlm_prune.generate{self._model} --image photo.jpg --prompt '…'"
+        command = f"mlx-vlm-prune generate{self._model} --image photo.jpg --prompt '…'"
         if not self.frontier and not self.count:
-            return f"Advice: evaluate first; then {command} --pruner … --keep-ratio 0.25"
+            return f"Advice: evaluate first; then {command} --keep-ratio 0.25"
         if self.count < FEWEST or self.full <= 0:
             fault = f"only {self.count} questions" if self.count < FEWEST else "no right answer"
             return f"Advice: evaluate again; with {fault} the largest one says nothing."
@@ -190,6 +191,7 @@ def advise(
         measured.kept, measured.times, measured.cache_bytes, rows,
         str(evaluation.get("questions", "")),
         int(evaluation.get("count", 0)), str(evaluation.get("date", "")), max(full, default=0.0),
+        measured.inside_tower,
     )  # fmt: skip
 
 
@@ -200,9 +202,9 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--model", help="folder or Hugging Face name (default: the built-in scenes model)")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
-        help="of the weights and the computation; auto is float32 on a CPU, the checkpoint's own"
-        " on a GPU")
-    add("--image", metavar="FILE", help="an image like those it will get (default: a drawn scene)")
+        help="type of the weights and of the computation; auto is float32 on a CPU and the"
+        " checkpoint's own type on a GPU")
+    add("--image", metavar="FILE", help="an image like yours (default: a drawn scene)")
     add("--evaluation", type=Path, metavar="FILE.json",
         help="a result of `evaluate` (default: the largest one of this model)")
     add("--json", type=Path, metavar="FILE", help="write all figures")

@@ -102,7 +102,7 @@ def end_early(folder: str, *_: object) -> None:
 def without_stubs() -> Iterator[None]:
     """Inside the block Gradio can be imported in half the time.
 
-    It writes type stubs beside its components anew whenever they are imported, but for classes that
+    It writes type stubs beside its components whenever they are imported, but for classes that
     have no file.
     """
     getfile = inspect.getfile

@@ -25,10 +25,10 @@ def build_parser() -> Parser:
     """The command line of `bench`; what follows a benchmark's name is that benchmark's own."""
     parser = Parser(
         "mlx_vlm_prune.bench",
-        description="Run a benchmark. Needs a clone of the repository; without a name it lists"
-        " the benchmarks. What follows the name goes to the benchmark: bench device --help.",
+        description="Run a benchmark; without a name list them. Needs a clone of the repository."
+        " Options after the name go to the benchmark, for example: bench device --help.",
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of the benchmark")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="name of the benchmark")
     return parser
 
 

@@ -44,7 +44,7 @@ HELP = f"""\
   /pruner NAME         choose them by another method; none keeps all
   /overlay [FILE.png]  draw what was kept (default: {OVERLAY})
   /stats               figures of the latest answer
-  /clear               begin anew, without images
+  /clear               begin again, without images
   /help                this list
   /quit                end, as Ctrl-D does; Ctrl-C stops an answer"""
 
@@ -57,7 +57,7 @@ class Chat:
     print(chat.ask("What colour is it?").text)
 
     The options are those of `generate`, but for `num_draft_tokens`; `configure` changes them
-    between two turns. An image goes through the tower once; each turn chooses its tokens anew, from
+    between two turns. An image goes through the tower once; each turn selects tokens again, from
     all of them, where the method reads words. `rows_reused` is how many rows of the latest prompt
     were not read again because they are as before: the same ids, and the same tokens of the same
     images. A method that prunes between the language model's layers, `restore`, a language model
@@ -93,7 +93,7 @@ class Chat:
         self.options = changed
 
     def clear(self) -> None:
-        """Begin anew, without images and turns; the options stay."""
+        """Begin again, without images and turns; the options stay."""
         self._conversation.clear()
         self.turns: list[Turn] = []
         self.images: list[Image.Image] = []
@@ -296,7 +296,7 @@ class Session:
     def clear(self, argument: str) -> None:
         self.chat.clear()
         self.new_images = []
-        print("The chat begins anew.")
+        print("The chat begins again.")
 
     def print_help(self, argument: str) -> None:
         print(HELP)

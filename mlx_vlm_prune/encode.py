@@ -123,8 +123,8 @@ def build_parser() -> Parser:
     add("--revision", metavar="REVISION",
         help="branch, tag or commit of a Hugging Face name (default: its main branch)")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
-        help="of the weights and the computation; auto is float32 on a CPU, the checkpoint's own"
-        " on a GPU")
+        help="type of the weights and of the computation; auto is float32 on a CPU and the"
+        " checkpoint's own type on a GPU")
     add = parser.add_argument_group("images and texts").add_argument
     add("--image", type=Path, **SEVERAL, default=[], metavar="PATH",
         help="image files and folders; in a folder, a sub-folder's name is the class of its images"
@@ -133,16 +133,16 @@ def build_parser() -> Parser:
     add("--labels", type=Path, metavar="FILE.csv",
         help="the classes of the images, in columns file_name and label (default: none)")
     add("--text", **SEVERAL, default=[], metavar="TEXT",
-        help="texts to compare images with; a class must be in one of them (default: one for each"
-        " class, by the template)")
-    add("--template", metavar="TEXT", help="the text of a class, which stands for {} (default:"
+        help="texts to compare the images with; each class must be in one of them (default: one"
+        " per class, by the template)")
+    add("--template", metavar="TEXT", help="text of a class; {} is replaced by its name (default:"
         f" {', '.join(f'{title} {text}' for title, text in TEMPLATES.items())})")
     add("--limit", type=int, metavar="N", help="only the first N images (default: all)")
-    add("--skip-bad", action="store_true", help="leave out images that cannot be read, and list"
+    add("--skip-bad", action="store_true", help="skip images that cannot be read, and list"
         " them")
     add = parser.add_argument_group("pruning").add_argument
     add("--pruner", **SEVERAL, type=method_spec, default=[], metavar="SPEC",
-        help="methods or chains, as in `generate` (default: none, all tokens alone)")
+        help="methods or chains, as in `generate` (default: only all tokens)")
     add("--keep-ratio", type=float, **SEVERAL, metavar="R",
         help="shares of the visual tokens to keep (default: 1.0 0.7 0.5)")
     add("--keep-tokens", type=int, **SEVERAL, metavar="K",

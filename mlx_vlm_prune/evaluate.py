@@ -1,6 +1,6 @@
 """How much each method costs in answers: pruners x budgets x a question set.
 
-python -m mlx_vlm_prune.evaluate --model my-model --questions questions.jsonl
+mlx-vlm-prune evaluate --model my-model --questions questions.jsonl
 
 For every method: the accuracy by the question set's rule, overall and for each kind; loyalty, how
 often the answer equals the one with all tokens; the mean log-probability of the right answer with
@@ -80,8 +80,8 @@ def build_parser() -> Parser:
     add("--adapter-path", metavar="FOLDER", help="adapters that were trained for the model"
         " (default: none)")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
-        help="of the weights and the computation; auto is float32 on a CPU, the checkpoint's own"
-        " on a GPU")
+        help="type of the weights and of the computation; auto is float32 on a CPU and the"
+        " checkpoint's own type on a GPU")
     add("--widen", action=argparse.BooleanOptionalAction,
         help="compute quantized matrices in float32, with the same values; much faster on a CPU"
         " (default: on a CPU only)")
@@ -91,8 +91,8 @@ def build_parser() -> Parser:
     _add_run(parser)
     add = parser.add_argument_group("results of one model on several sets").add_argument
     add("--merge", type=Path, **SEVERAL, metavar="FILE.json",
-        help="ask nothing: print what such results come to in percent of full, set by set and on"
-        " average")
+        help="ask no questions: print these results in percent of the full model, for each set and"
+        " on average")
     add("--json", type=Path, metavar="FILE", help="write the figures of --merge")
     return parser
 
@@ -101,42 +101,41 @@ def _add_run(parser: Parser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--max-tokens", type=int, metavar="N",
         help="longest answer, in tokens (default: a few more than the longest right answer has,"
-        f" and at least {SENTENCE_TOKENS} where it may be part of a sentence)")
+        f" and at least {SENTENCE_TOKENS} if it may be part of a sentence)")
     add("--batch", type=int, metavar="N",
-        help="questions answered at once (default: 24; 1 with models that answer one by one, which"
-        " are mlx-vlm's and twigs that draft)")
+        help="questions per batch (default: 24; 1 with models of mlx-vlm and with drafts)")
     add("--seed", type=int, default=0, metavar="N",
-        help="of the bootstrap; that of random is --pruner random:seed=1")
+        help="seed of the bootstrap; the seed of the method random is --pruner random:seed=1")
     add("--num-draft-tokens", type=int, metavar="N",
-        help="tokens that the twig beside a model drafts ahead, 5 in TwigVLM; the answers stay the"
-        " same, and are asked one by one (default: none)")
+        help="number of tokens that the model's twig drafts, 5 in TwigVLM; the answers are the"
+        " same; questions are asked one by one (default: none)")
     add("--first-token", type=int, metavar="N",
-        help="ask the first N questions again, one by one, for the median time to the first token"
+        help="ask the first N questions again, one by one, to measure the time to the first token"
         " with picture, tower and pruner (default: none)")
     add("--compare-with", type=Path, metavar="FILE.json",
         help="an earlier result of the same model and questions: its rows that this run does not"
         " ask stand in the table and the result, too (default: none)")
     add("--texts", action=argparse.BooleanOptionalAction,
-        help="keep questions, right answers and responses in the result (default: up to"
+        help="store questions, right answers and responses in the result (default: up to"
         f" {MOST_RESPONSES} responses)")
     add("--out", type=Path, metavar="FILE.json",
-        help="where the result goes; an interrupted run is kept beside it; a result of another"
-        " model, or of other or more questions, is not replaced (default:"
-        " evaluation-MODEL-QUESTIONS.json, where one of other methods is not replaced, either)")
+        help="result file; an interrupted run is kept beside it; a result of another model, or of"
+        " other or more questions, is not replaced (default: evaluation-MODEL-QUESTIONS.json,"
+        " which is not replaced by other methods either)")
 
 
 def _add_pruning(parser: Parser) -> None:
     add = parser.add_argument_group("pruning").add_argument
     add("--pruner", **SEVERAL, type=method_spec, metavar="SPEC",
         help="methods or chains, as in `generate` (default:"
-        f" {', '.join(METHODS)} and the learned ones; with --all all, and some chains; of a"
-        " checkpoint that was trained with one, that one)")
+        f" {', '.join(METHODS)} and the learned ones; with --all all, and some chains; the"
+        " checkpoint's own method, if it was trained with one)")
     add("--keep-tokens", type=int, **SEVERAL, metavar="K",
         help="numbers of visual tokens to keep (default: none)")
     add("--keep-ratio", type=float, **SEVERAL, metavar="R",
         help="shares of the visual tokens to keep (default: 0.5, 0.25 and 0.1125)")
     add("--positions", **SEVERAL, choices=("keep", "renumber"),
-        help="kept tokens keep their positions, or count anew; give both to measure both"
+        help="kept tokens keep their positions or are renumbered; give both to measure both"
         " (default: as in the method's paper)")
 # fmt: on
 

@@ -1,6 +1,6 @@
 """Why did an answer break? A page that shows what methods kept, step by step, and what that cost.
 
-python -m mlx_vlm_prune.explore --image photo.jpg --prompt "…" --pruner divprune fastv
+mlx-vlm-prune explore --image photo.jpg --prompt "…" --pruner divprune fastv
 
 The page is one HTML file, with its data inside, that needs no network and no server.
 """

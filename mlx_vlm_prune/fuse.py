@@ -1,9 +1,9 @@
 """Fuse adapters into the model that they were trained for.
 
-python -m mlx_vlm_prune.fuse --model my-model --adapter-path adapters --save-path fused-model
+mlx-vlm-prune fuse --model my-model --adapter-path adapters --save-path fused-model
 
-The folder is one for `generate`, `evaluate` and `convert`. Into a quantized model the adapters are
-fused by quantizing their matrices again, with the same bits; what that rounds off is said.
+`generate`, `evaluate` and `convert` take the folder. In a quantized model the adapted matrices are
+quantized again with the same number of bits, and the rounding error is printed.
 """
 
 import argparse
@@ -34,9 +34,9 @@ def build_parser() -> Parser:
         help="branch, tag or commit of a Hugging Face name (default: its main branch)")
     add("--adapter-path", default="adapters", metavar="FOLDER", help="the adapters")
     add("--save-path", type=Path, default=Path("fused_model"), metavar="FOLDER",
-        help="the folder to make")
+        help="the folder to write")
     add("--dequantize", action="store_true",
-        help="write full matrices in place of quantized ones, so that nothing is rounded off")
+        help="write full matrices instead of quantized ones, without rounding")
     return parser
 # fmt: on
 

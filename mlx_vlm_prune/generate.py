@@ -1,6 +1,6 @@
 """Answer a prompt about images with fewer visual tokens, by our loop or by mlx-vlm's.
 
-python -m mlx_vlm_prune.generate --image photo.jpg --prompt "…" --pruner avgpool --keep-ratio 0.25
+mlx-vlm-prune generate --image photo.jpg --prompt "…" --pruner avgpool --keep-ratio 0.25
 
 Without arguments: a sample question about a sample scene, full beside pruned.
 """

@@ -3,7 +3,7 @@
 mlx-vlm-prune new-method my_method --out methods
 
 methods/my_method.py is the method in MLX, methods/my_method_torch.py its twin in PyTorch, written
-apart: `python -m torch_ref.verify` compares both on a model.
+independently: `python -m torch_ref.verify` compares both on a model.
 """
 
 import shlex
@@ -34,7 +34,7 @@ import mlx.core as mx
 from mlx_vlm_prune import Reduction, Signals, Stage
 from mlx_vlm_prune.pruners.numerics import choosing, constant, keep_highest, to_choice_dtype
 
-stage = Stage.FEATURES  # at the end of the tower; PROJECTED is behind the projector
+stage = Stage.FEATURES  # at the end of the tower; PROJECTED is after the projector
 needs: dict[str, str | None] = {}  # signals beside the tokens: {"cls_attention": "layer"}
 
 
@@ -70,12 +70,12 @@ def build_parser() -> Parser:
     """The command line of `new-method`."""
     parser = Parser(
         "mlx_vlm_prune.new_method",
-        description="Write the two files of a pruning method of your own, which run as they are.",
+        description="Write the two files of a new method. They run as they are; change them.",
         epilog=EPILOG,
     )
-    parser.add_argument("name", help="letters, digits and _: how --pruner will call it")
+    parser.add_argument("name", help="name of the method: letters, digits and _")
     parser.add_argument(
-        "--out", type=Path, default=Path(), metavar="FOLDER", help="where the files go"
+        "--out", type=Path, default=Path(), metavar="FOLDER", help="folder of the files"
     )
     return parser
 
@@ -106,7 +106,7 @@ def write_method(name: str, folder: Path) -> None:
     print(f"Wrote {method} and its twin {twin}. Next:")
     print(f"  {SCRIPT} generate --pruner {_place(method)} --keep-ratio 0.25 --overlay kept.png")
     print(f"  {SCRIPT} evaluate --pruner random {_place(method)} --keep-ratio 0.25 --per-kind 20")
-    print(f"  python -m torch_ref.verify SRC MLX_FOLDER --image IMAGE --pruner {_place(method)}")
+    print(f"  python -m torch_ref.verify --pruner {_place(method)}  # needs torch")
 
 
 def _place(path: Path) -> str:

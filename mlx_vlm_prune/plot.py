@@ -1,6 +1,6 @@
 """Draw what `sweep`, `evaluate` and `encode` have measured, as PNG and SVG, with a page of all.
 
-python -m mlx_vlm_prune.plot sweep.json evaluation.json --out figures
+mlx-vlm-prune plot sweep.json evaluation.json --out figures
 
 Of a sweep: speed, agreement and savings against tokens and time, gains, and each part's time.
 Of an evaluation: accuracy against tokens and by kind of question; against time, with the Pareto
@@ -37,9 +37,9 @@ def build_parser() -> Parser:
     parser = Parser("mlx_vlm_prune.plot", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("results", nargs="+", type=Path, metavar="FILE.json",
-        help="results of `sweep`, `evaluate` and `encode`, as many as there are")
+        help="results of `sweep`, `evaluate` and `encode`")
     add("--out", type=Path, default=Path("figures"), metavar="FOLDER",
-        help="where the figures go; those of the same names are replaced")
+        help="folder of the figures; existing ones are replaced")
     return parser
 # fmt: on
 

@@ -50,9 +50,9 @@ def build_parser() -> Parser:
         help=f"features of a row, a multiple of {HEAD_DIM}")
     add("--state-size", type=count, default=16, metavar="N", help="states of a feature")
     add("--every", type=count, nargs="+", default=[2, 4], metavar="R",
-        help="mrss scans every R-th row too")
+        help="mrss also scans every R-th row")
     add("--loop-rows", type=partial(whole_number, 0), default=2048, metavar="N",
-        help="mlx-lm's loop is timed up to so many rows")
+        help="most rows for which mlx-lm's loop is timed")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--plot", type=Path, metavar="FILE", help=f"draw time and memory ({', '.join(KINDS)})")
     return parser

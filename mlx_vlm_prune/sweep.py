@@ -1,6 +1,6 @@
 """Methods x budgets on your own images: times, operations, memory and answers beside full.
 
-python -m mlx_vlm_prune.sweep --model my-model --image photo.jpg --prompt "…" --pruner norm divprune
+mlx-vlm-prune sweep --model my-model --image photo.jpg --prompt "…" --pruner norm divprune
 
 Full and pruned answers take turns in one process, so that a machine that slows down does so for
 both. Every round is saved beside the result: an interrupted sweep is resumed by the same command.

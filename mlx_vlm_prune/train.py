@@ -1,8 +1,8 @@
 """Train a model, a pruner, adapters or a twig on your own pictures.
 
-python -m mlx_vlm_prune.train --stage sft --data train.jsonl --output trained
-python -m mlx_vlm_prune.train -c config.yaml --learning-rate 1e-5
-python -m mlx_vlm_prune.train --stage pruner --pruner ./my_method.py --keep-ratio 0.25 --data data
+mlx-vlm-prune train --stage sft --data train.jsonl --output trained
+mlx-vlm-prune train -c config.yaml --learning-rate 1e-5
+mlx-vlm-prune train --stage pruner --pruner ./my_method.py --keep-ratio 0.25 --data data
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""CIDEr-D and ROUGE-L written anew from the papers and the authors' parameters, for tests.
+"""CIDEr-D and ROUGE-L written again from the papers and the authors' parameters, for tests.
 
 Shapes: I images, G different n-grams of one n.
 """

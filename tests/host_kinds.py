@@ -70,7 +70,7 @@ def build(name: str, text: dict, vision: dict, **options: Any) -> Any:
 
 
 def with_random_weights(model: Any) -> Any:
-    """Every weight drawn anew, so that neither norms nor biases are trivial."""
+    """Every weight drawn again, so that neither norms nor biases are trivial."""
     rng = np.random.default_rng(0)
 
     def drawn(a: mx.array) -> mx.array:

@@ -58,11 +58,11 @@ def test_no_row_of_the_frontier_is_beaten_with_as_few_tokens():
 
 def test_the_lines_have_shares_speedups_and_bounds_worked_by_hand():
     text = "\n".join(advice(ROWS).lines)
-    assert "the first token after 100 ms, then one every 5.0 ms" in text
+    assert "100 ms to the first token, 5.0 ms for each further one" in text
     assert "opening the image takes 10%, the vision tower 60%, projector and prompt 30%" in text
-    assert "no method can win more than 1.43 x" in text  # 100 / (10 + 60)
-    assert "with 49 tokens 1.25 x is to be expected" in text  # 100 / 80
-    assert "(tome) the operation count lets expect 2.00 x" in text
+    assert "keeps 49 tokens should make the first token 1.25 x as fast" in text  # 100 / 80
+    assert "with no token left it would be 1.43 x" in text  # 100 / (10 + 60)
+    assert "(tome) it should be 2.00 x" in text
     assert "(downsample) 4.00 x" in text
     assert "4.0 MB, with 49 tokens 1.5 MB" in text
     assert (
@@ -74,7 +74,7 @@ def test_the_lines_have_shares_speedups_and_bounds_worked_by_hand():
 
 def test_the_recommendation_is_the_fewest_tokens_that_lose_at_most_two_points():
     assert advice(ROWS).recommendation == (
-        "Advice: python -m mlx_vlm_prune.generate --model my-model --image photo.jpg"
+        "Advice: mlx-vlm-prune generate --model my-model --image photo.jpg"
         " --prompt '…' --pruner divprune --keep-tokens 49"
     )
     assert "--model" not in advice(ROWS, model="scenes").recommendation
@@ -100,7 +100,7 @@ def test_an_evaluation_of_few_questions_or_no_right_answer_gives_no_advice(field
 
 def test_without_an_evaluation_the_lines_name_the_command_for_one():
     lines = advice().lines
-    assert any("run python -m mlx_vlm_prune.evaluate --model my-model" in line for line in lines)
+    assert any("mlx-vlm-prune evaluate --model my-model" in line for line in lines)
     assert "evaluate first" in lines[-1]
 
 

@@ -43,6 +43,7 @@ def test_the_tokens_and_the_bytes_of_the_cache_are_those_of_generate(place, kind
     assert ("smaller" in measured.times.first) == (kind == "qwen2_5_vl")
     (line,) = [line for line in measured.lines if line.startswith("Inside the tower")]
     assert ("--resize-shape" in line) == (kind == "qwen2_5_vl")
+    assert "methods work too (tome" in line  # as `generate --pruner tome` does in all three
     assert min(measured.times.first.values()) > 0 and measured.times.token > 0
 
 

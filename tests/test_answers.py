@@ -156,7 +156,7 @@ def test_a_picture_that_questions_share_is_encoded_once_for_all_methods(home):
     tower.start(batch)
     for pipeline in plans:
         answer_batch(shared, batch, pipeline, budget(model, pipeline.spec), (), 1)
-    assert encoded == [3, 3]  # three pictures: for the four behind the tower, and for tome
+    assert encoded == [3, 3]  # three pictures: for the four after the tower, and for tome
     assert type(model.tower) is not type(shared.tower)
 
 

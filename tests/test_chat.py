@@ -1,4 +1,4 @@
-"""Promises of a chat with our models: each turn is what reading everything anew gives, the tower
+"""Promises of a chat with our models: each turn is what reading everything again gives, the tower
 runs once an image, and rows are read again where they are the same."""
 
 import re

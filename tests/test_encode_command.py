@@ -289,8 +289,8 @@ def test_what_the_page_shows_runs(desk, tmp_path, monkeypatch, capsys):
     Path("photos").symlink_to(desk / "plain")
     Path("labels.csv").write_text("file_name,label\n0.png,dog\n3.png,cat\n")
     (block,) = re.findall(r"```bash\n(.*?)```", page, re.S)
-    commands = [shlex.split(line)[2:] for line in block.replace("\\\n", "").splitlines()]
-    assert [module for module, *_ in commands] == ["mlx_vlm_prune.encode"] * 3
+    commands = [shlex.split(line)[1:] for line in block.replace("\\\n", "").splitlines()]
+    assert [command for command, *_ in commands] == ["encode"] * 3
     for _, *arguments in commands:
         encode.main(arguments)
     assert "cosine" in capsys.readouterr().out

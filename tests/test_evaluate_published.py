@@ -151,8 +151,8 @@ def test_mmvet_is_graded_by_the_judge_of_the_command_line(model, tmp_path, capsy
 def test_the_command_of_the_page_on_questions_runs(model, tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "questions.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```\n(.*?)```", page, re.S)
-    program, *argv = shlex.split(block.replace("\\\n", ""))[2:]
-    assert program == "mlx_vlm_prune.evaluate"
+    program, name, *argv = shlex.split(block.replace("\\\n", ""))
+    assert (program, name) == ("mlx-vlm-prune", "evaluate")
     mm_vet(tmp_path / "mm-vet")
     monkeypatch.chdir(tmp_path)
     with judge_server(lambda body: completion("1.0")) as (url, requests):

@@ -30,8 +30,8 @@ def test_it_is_the_largest_shape_with_most_tokens_whatever_was_measured_first(tm
         ("llava-7b-4", 2304, 576, "divprune", 6.0),
     ]
     (text,) = sentences(tmp_path, rows)
-    assert text.endswith("so many times as fast: `divprune` 1.50x. Not clear: `tome`.")
-    assert "shape of llava-7b, 576 tokens to 144" in text
+    assert text.endswith("first token: `divprune` 1.50x. No clear difference: `tome`.")
+    assert "shape of llava-7b, 144 of 576 tokens" in text
 
 
 def test_it_says_how_often_and_at_which_commit_it_was_measured(tmp_path):
@@ -46,7 +46,7 @@ def test_a_result_without_a_quarter_is_left_out(tmp_path, rows):
 
 def test_without_a_clear_gain_it_says_so(tmp_path):
     (text,) = sentences(tmp_path, [("llava-7b", 576, 144, "divprune", None)])
-    assert text.endswith("the first token's gain was clear with none of `divprune`.")
+    assert text.endswith("Speedup of the first token: no clear difference with `divprune`.")
 
 
 def test_another_machines_result_changes_nothing(tmp_path):

@@ -28,6 +28,26 @@ def test_the_pictures_that_lie_in_the_documentation_are_those(drawn):
     assert {file.stem for file in gallery.ROOT.glob("docs/pruners/*.jpg")} == drawn
 
 
+def test_one_method_is_drawn_by_its_name_and_no_other_picture_is_touched(drawn, monkeypatch):
+    written = []
+    monkeypatch.setattr(gallery, "join_images", lambda tiles: written.append(1) or tiles[0])
+    gallery.draw([], ["divprune"])
+    assert written == [1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["--draw", "a.jpg", "b.jpg", "--pruner", "learn_prune"], "--pruner is 'learn_prune'; can"),
+        (["--pruner", "divprune"], "--pruner is for --draw"),
+    ],
+)
+def test_a_method_that_cannot_be_drawn_is_refused(argv, why, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gallery.main(argv)
+    assert stop.value.code == 2 and why in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("photographs", [[], ["a.jpg"], ["a.jpg", "b.jpg", "c.jpg"]])
 def test_any_other_number_of_photographs_than_two_is_refused(photographs, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -1,7 +1,7 @@
 """Requests of every kind give the recorded figures: no change of behaviour goes unnoticed.
 
 The figures were recorded with this library and read; they are no independent oracle.
-`python -m tests.test_golden_requests --write` records them anew.
+`python -m tests.test_golden_requests --write` records them again.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Promises of a chat with mlx-vlm's models: each turn is what reading all turns anew gives, by the
+"""Promises of a chat with mlx-vlm's models: each turn is what reading all turns again gives, by the
 chat template of the model, and the tower runs once for the images of a prompt."""
 
 import pytest

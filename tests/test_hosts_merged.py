@@ -78,7 +78,7 @@ class Merging:
 
 
 def assert_recomputed(layers: Merging, name: str, tokens: list[int], odds: np.ndarray) -> None:
-    """An answer's odds are those of all its rows read anew by `layers`, token by token."""
+    """An answer's odds are those of all its rows read again by `layers`, token by token."""
     x_LD, place_L3 = layers.seq.x_LD, layers.seq.place_L3
     for token, odds_V in zip(tokens, odds, strict=True):
         logits_V = layers.logits(x_LD, place_L3)

@@ -31,7 +31,7 @@ def test_a_tiny_model_of_every_family_does_as_the_page_says(kind):
     works = {name: reason(FAMILIES[kind]) is None for name, reason in COLUMNS.items()}
     works |= {"downsample": False}
     probes = {
-        "behind the tower": "vispruner",
+        "after the tower": "vispruner",
         "between the tower's layers": "tome",
         "between the language model's layers": "fastv",
         "`zoo_prune`": "zoo_prune",

@@ -81,7 +81,7 @@ def test_the_tower_is_that_of_a_loop_over_its_tokens(models, name, spec):
 
 @pytest.mark.parametrize("name", CUT)
 def test_tokens_that_come_back_are_those_of_a_loop(models, name):
-    """A method behind the tower finds all; DeepStack adds to those that were away, too."""
+    """A method after the tower finds all; DeepStack adds to those that were away, too."""
     model, inputs = models(name), prompt(models, name)
     views = views_of(model, inputs, "ipcv:until=2+norm", 0.5)
     for view, picture in zip(views, host_towers.pictures(name, model, inputs), strict=True):

@@ -86,7 +86,7 @@ def test_anchors_come_by_cosine_and_by_sine_in_turn():
     ("spec", "reason"),
     [
         ("ivc", "needs one, as in"), ("norm+ivc+ivc", "two methods of a kind"),
-        ("norm+ivc+restore:published", "two methods of a kind"), ("tome+ivc", "behind the tower"),
+        ("norm+ivc+restore:published", "two methods of a kind"), ("tome+ivc", "after the tower"),
     ],
 )  # fmt: skip
 def test_chains_that_cannot_be_are_refused(spec, reason):

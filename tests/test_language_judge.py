@@ -38,7 +38,7 @@ def test_a_grade_is_asked_for_as_published_and_only_once(tmp_path, monkeypatch):
         assert "What? | red <OR> crimson | red | " in request["messages"][0]["content"]
         judge(url, tmp_path, "another")(QUESTION, "red")
         first(QUESTION, "blue")
-        assert len(requests) == 3, "another model and another response are graded anew"
+        assert len(requests) == 3, "another model and another response are graded again"
 
 
 def test_what_is_no_grade_is_asked_again_at_a_rising_temperature(tmp_path):

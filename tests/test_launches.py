@@ -102,7 +102,7 @@ def results(function, arguments: tuple, *, fuse: bool) -> list[np.ndarray]:
 @pytest.mark.parametrize("function", calls(1, 4), ids=lambda f: f.__name__)
 def test_a_compiled_function_gives_what_the_plain_one_gives_in_any_shape(function, first):
     options = {"any_shape": False} if function is cdpruner.after_keeping else {}
-    traced = numerics.fused(function.__wrapped__, **options)  # anew, in the first shape
+    traced = numerics.fused(function.__wrapped__, **options)  # again, in the first shape
     for shape in (first, (3, 5), (1, 1)):
         arguments = calls(*shape)[function]
         compiled, plain = (results(traced, arguments, fuse=fuse) for fuse in (True, False))

@@ -31,10 +31,10 @@ def test_every_command_of_the_page_runs(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLX_VLM_PRUNE_CACHE": str(tmp_path)}
     assert len(commands()) == 4
     for command in commands():
-        assert command[0] == "python"
+        assert command[0] == "mlx-vlm-prune"
         done = subprocess.run(
-            [sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True,
-            check=False, stdin=subprocess.DEVNULL, env=environment,
+            [sys.executable, "-m", "mlx_vlm_prune", *command[1:]], cwd=tmp_path,
+            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=environment,
         )  # fmt: skip
         assert done.returncode == 0, (command, done.stderr)
     assert (tmp_path / "figures/accuracy-by-time.svg").is_file()

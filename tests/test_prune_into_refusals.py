@@ -48,7 +48,7 @@ BUDGET = ("--keep-ratio", "0.5")
         (["--pruner", "norm+fastv+restore", *BUDGET], "fastv cannot be written"),
         (["--pruner", "norm+restore:published", *BUDGET], "mlx-vlm's share a mask"),
         (["--pruner", "two_scales", *BUDGET], "two_scales cannot prune a llava model: it needs"),
-        (["--pruner", "two_scales+restore", *BUDGET], "the pixels of patches behind the tower"),
+        (["--pruner", "two_scales+restore", *BUDGET], "the pixels of patches after the tower"),
         (["--pruner", "score_prune", *BUDGET], "score_prune is learned"),
         (["--pruner", "cls_attention:layer=0.5", *BUDGET], "takes an int, not '0.5'"),
         (["--pruner", "norm", "--keep-ratio", "0"], "must be above 0 and at most 1"),

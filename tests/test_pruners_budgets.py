@@ -85,7 +85,7 @@ def test_an_encoder_method_ends_with_k_tokens(spec, layers):
         ("norm+fastv:budget=similarity", "ahead of the language model"),
         ("norm+restore:budget=similarity", "restore takes no budget=similarity"),
         ("downsample+restore", "nothing to restore"),
-        ("tome+restore:published", "behind the tower, and tome inside it"),
+        ("tome+restore:published", "after the tower, and tome inside it"),
         ("fastv+restore:published", "ahead of the language model, and fastv inside it"),
         ("norm+restore:published,nearby", "nearby is no part of published"),
     ],

@@ -79,7 +79,8 @@ def test_a_flag_overrides_its_key_and_the_key_that_excludes_it(tmp_path):
 MISTAKES = {
     "unknown": ({"learn_rate": 1}, "there is no key 'learn_rate'; did you mean learning_rate, "),
     "stage": ({"stage": "rl"}, "stage is 'rl'; it must be pretrain, sft, lora, dora, pruner or"),
-    "no data": ({"data": None}, "data is missing"),
+    "no data": ({"data": None}, "data is missing: a file, or a folder with train"),
+    "no stage": ({"stage": None}, "stage is missing: pretrain, sft, lora, dora, pruner or twig"),
     "type": ({"batch_size": "many"}, "batch_size is 'many'; it must be a whole number"),
     "fraction": ({"iters": 1.5}, "iters is 1.5; it must be a whole number"),
     "number": ({"grad_clip": True}, "grad_clip is True; it must be a number"),

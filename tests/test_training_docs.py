@@ -41,10 +41,11 @@ def test_every_command_of_the_page_runs(tmp_path):
     shutil.copy(ROOT / "docs/train.yaml", tmp_path)
     assert len(commands()) >= 6
     for command in commands():
-        assert command[0] == "python"
+        assert command[0] == "mlx-vlm-prune"
         done = subprocess.run(
-            [sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True,
-            check=False, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            [sys.executable, "-m", "mlx_vlm_prune", *command[1:]], cwd=tmp_path,
+            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert done.returncode == 0, (command, done.stderr)
     steps = [row["iteration"] for row in read_rows(tmp_path / "from-yaml/metrics.jsonl")]

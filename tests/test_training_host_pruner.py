@@ -101,7 +101,7 @@ def test_the_loss_reaches_every_layer_of_the_scores(place, tmp_path, kind):
 
 
 def test_the_soft_loss_is_that_of_the_pruned_model(place, tmp_path):
-    """In a model whose kept tokens keep their positions; others number them anew."""
+    """In a model whose kept tokens keep their positions; others number them again."""
     learner = learner_of(place, "qwen2_5_vl", tmp_path / "a", noise=0.0)
     batch, learner = learner.data.batch(np.arange(4)), learner.learner
     learner.begin_step(1, 3)  # in which the budget is the user's
@@ -203,12 +203,12 @@ def test_a_second_run_begins_with_the_weights_of_the_first(trained, tmp_path):
         learner.pruners["score_prune"].fc2.weight, stored["score_prune.fc2.weight"]
     )
     assert learner.starts == {"score_prune": False}
-    anew, untrained = (
+    again, untrained = (
         learner_of(trained, kind, tmp_path / "a", reset_pruner=is_reset).learner
         for kind, is_reset in (("trained-smolvlm", True), ("smolvlm", False))
     )
-    assert anew.starts == untrained.starts == {"score_prune": True}
-    assert bits(anew) == bits(untrained)
+    assert again.starts == untrained.starts == {"score_prune": True}
+    assert bits(again) == bits(untrained)
     train(run(trained, "trained-smolvlm", tmp_path / "b", save_every=1))
     metrics = (tmp_path / "b/metrics.jsonl").read_text()
     assert metrics != (first / "metrics.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""Promises of where a learned pruner begins: the first line says it, and it can begin anew."""
+"""Promises of where a learned pruner begins: the first line says it, and it can begin again."""
 
 import json
 
@@ -49,11 +49,11 @@ def test_a_trained_pruner_begins_anew_as_one_that_never_was(
         return capsys.readouterr().out.splitlines()[0]
 
     run(plain, "trained", keep_tokens=5)
-    assert f"; {name} starts anew" in first_line()
-    untrained = run(plain, "anew")
+    assert f"; {name} starts again" in first_line()
+    untrained = run(plain, "again")
     capsys.readouterr()
     assert run(tmp_path / "trained", "reset", reset_pruner=True) == untrained
-    assert f"; {name} starts anew" in first_line()
+    assert f"; {name} starts again" in first_line()
     assert run(tmp_path / "trained", "further", keep_tokens=5) != weights(tmp_path / "trained")
     assert f"; {name} starts from the model's weights" in first_line()
 
@@ -70,7 +70,7 @@ def test_a_reset_pool_beside_a_model_stays_there(data, tmp_path, framework):
 def test_a_twig_always_begins_anew(plain, data, tmp_path, capsys, framework):
     keys = {"twig_layer": 1, "twig_layers": 1}
     FRAMEWORKS[framework](stage_runs.config("twig", plain, data, tmp_path / "out", **keys))
-    assert "; twig starts anew" in capsys.readouterr().out.splitlines()[0]
+    assert "; twig starts again" in capsys.readouterr().out.splitlines()[0]
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

@@ -2,10 +2,11 @@
 
 python -m torch_ref.verify sft_vlm_512.pth my-model --image photo.jpg
 python -m torch_ref.verify llava-1.5-7b-hf my-llava --image photo.jpg --pruner fastv --device cuda
+python -m torch_ref.verify --pruner ./my_method.py
 
-MLX answers first, in a process of its own; PyTorch then recomputes the same prompt and pixels from
-the source, with nothing of MLX's code. Exit code 1 where the two are farther apart than float32
-explains.
+Without a model the built-in one is compared with itself, which checks a method and its twin. MLX
+answers first, in a process of its own. PyTorch then recomputes the same prompt and pixels from the
+source, with none of MLX's code. The exit code is 1 if they differ by more than float32 explains.
 """
 
 import argparse
@@ -15,11 +16,13 @@ from functools import partial
 from pathlib import Path
 
 from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole_number
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.scenes import CHECKPOINT
 
 DESCRIPTION = (
     "Compare a model in MLX with its source in PyTorch, method by method: the tokens kept, the"
     " visual rows that the language model reads, the logits, the greedy answer. Both compute in"
-    " float32."
+    " float32. Without a model: the built-in one, in both."
 )
 EXAMPLE = "example: python -m torch_ref.verify sft_vlm_512.pth my-model --image photo.jpg"
 
@@ -29,15 +32,15 @@ def build_parser() -> Parser:
     """The command line."""
     parser = Parser("torch_ref.verify", description=DESCRIPTION, epilog=EXAMPLE)
     add = parser.add_argument
-    add("source", metavar="SRC",
-        help="what was published: a .pth, a folder, or a Hugging Face name")
-    add("model", metavar="MLX_FOLDER", help="what `convert to-mlx` made of it")
+    add("source", nargs="?", metavar="SRC",
+        help="the published model: a .pth, a folder, or a Hugging Face name")
+    add("model", nargs="?", metavar="MLX_FOLDER", help="the folder that `to-mlx` made of it")
     add("--vision", metavar="FOLDER", help="its CLIP or SigLIP (default: beside SRC)")
-    add("--image", action="append", required=True, metavar="FILE",
-        help="an image file; repeat for several (default: none)")
+    add("--image", action="extend", nargs="+", metavar="FILE",
+        help="image files (default: a drawn scene)")
     add("--prompt", default="What is in the picture?", metavar="TEXT", help="the question")
-    add("--pruner", action="append", metavar="SPEC",
-        help="a method or a chain; repeat for several (default: all methods that work there)")
+    add("--pruner", action="extend", nargs="+", metavar="SPEC",
+        help="methods or chains (default: all methods that work there)")
     add("--keep-ratio", type=float, default=0.5, metavar="R",
         help="share of an image's visual tokens to keep")
     add("--max-tokens", type=partial(whole_number, 1), default=16, metavar="N",
@@ -65,6 +68,13 @@ def run(args: argparse.Namespace) -> bool:
         verify,
     )  # here, since torch may be missing, and takes seconds
 
+    if args.source is None:
+        args.source = args.model = str(CHECKPOINT)
+    elif args.model is None:
+        raise UserError(
+            f"MLX_FOLDER is missing: give {args.source} and the folder that `convert to-mlx` made"
+            " of it, or neither for the built-in model"
+        )
     try:
         return verify(args)
     except KeyboardInterrupt:

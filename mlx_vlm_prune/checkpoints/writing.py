@@ -83,7 +83,7 @@ def _model_card(config: Mapping[str, Any], name: str, source: str | None) -> str
         "---\nlibrary_name: mlx\npipeline_tag: image-text-to-text\n"
         f"{base}tags:\n- mlx\n- mlx_vlm_prune\n---\n\n# {name}\n\n"
         f"{title} in MLX format{few_bits}, for `mlx_vlm_prune`:\n\n```bash\n"
-        f"python -m mlx_vlm_prune.generate --model {name} --image photo.jpg \\\n"
+        f"mlx-vlm-prune generate --model {name} --image photo.jpg \\\n"
         '    --prompt "What is this?" --pruner divprune --keep-ratio 0.5\n```\n'
     )
 

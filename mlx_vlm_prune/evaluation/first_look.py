@@ -13,7 +13,7 @@ from .questions import DRAWN
 QUESTIONS = 60  # the first of a file
 PER_KIND, ALL_PER_KIND = 20, 334  # of the built-in ones
 # A baseline beside random, then choices by attention, diversity and coverage, one with `restore`; a
-# merge behind the tower and one inside it; one in the language model.
+# merge after the tower and one inside it; one in the language model.
 METHODS = (
     "uniform", "received_attention", "divprune", "divprune+restore", "scope", "visionzip", "tome",
     "fastv",

@@ -15,7 +15,7 @@ from ..checkpoints.reading.files import read_json
 from ..machine.hardware import describe_machine, versions
 from .table import label
 
-EVALUATE = "python -m mlx_vlm_prune.evaluate"
+EVALUATE = "mlx-vlm-prune evaluate"
 FULL = "none"
 MethodKey = tuple[str, str, float]  # spec, policy of positions, tokens or share
 

@@ -18,15 +18,15 @@ def add_questions(parser: Parser) -> None:
     """The group of these options."""
     add = parser.add_argument_group("questions").add_argument
     add("--questions", default="scenes", metavar="PATH",
-        help=f"a file or folder, or drawn ones: {', '.join(DRAWN)}")
+        help=f"a file or folder, or built-in ones: {', '.join(DRAWN)}")
     add("--format", metavar="NAME",
         help=f"format of that file: {', '.join(FORMATS)} (default: own)")
     add("--images", type=Path, metavar="FOLDER",
         help="folder of the images (default: beside the questions)")
     add_max_pixels(add)
     add("--split", metavar="NAME",
-        help="a part of RefCOCO's questions (default: all but train), ScienceQA's (test), VQAv2's"
-        " (val2014) or MMMU's (validation)")
+        help="split of RefCOCO (default: all but train), ScienceQA (test), VQAv2 (val2014) or MMMU"
+        " (validation)")
     add("--boxes", choices=("unit", "thousand", "pixels"),
         help="coordinates in RefCOCO's questions and answers: 0 to 1, 0 to 1000, or pixels"
         " (default: unit)")
@@ -36,8 +36,8 @@ def add_questions(parser: Parser) -> None:
     add("--limit", type=int, metavar="N",
         help=f"only the first N questions (default: {QUESTIONS} of a file, with --all all)")
     add("--all", action="store_true",
-        help="ask all questions, and all methods where --pruner names none; this can take hours")
-    add("--skip-bad", action="store_true", help="leave out questions that cannot be read, and list"
+        help="ask all questions, and try all methods if --pruner names none; can take hours")
+    add("--skip-bad", action="store_true", help="skip questions that cannot be read, and list"
         " them")
 # fmt: on
 

@@ -18,8 +18,8 @@ def add_scoring(parser: Parser) -> None:
     """The group of these options."""
     add = parser.add_argument_group("scoring").add_argument
     add("--answers", type=Path, metavar="FOLDER",
-        help="write every method's answers there, in LLaVA's layout and in that of the benchmark's"
-        " own evaluation (default: only where the answers cannot be scored here, beside --out)")
+        help="also write every method's answers there, in LLaVA's layout and for the benchmark's"
+        " own evaluation (default: only if they cannot be scored here, beside --out)")
     add("--judge-url", metavar="URL",
         help="an OpenAI-compatible server that grades MM-Vet's answers, such as"
         " http://127.0.0.1:8000/v1 (default: none, so they are only written)")

@@ -19,29 +19,29 @@ from .json_options import MergeOptions, json_object
 from .request import HOST_OPTIONS
 
 DESCRIPTION = """Answer a prompt about images with fewer visual tokens. Without a model, an image
-and a prompt: a sample question, answered with all visual tokens and with half of them."""
+and a prompt the built-in model answers a sample question, with all visual tokens and with half."""
 
-CHAT_DESCRIPTION = """Ask several questions about images, one a line; /help lists what else a line
-can be. Images can come at any time, and pruning can change between two questions."""
+CHAT_DESCRIPTION = """Ask several questions about images, one per line; /help lists the other
+commands. You can add images and change the pruning between two questions."""
 
-SWEEP_DESCRIPTION = """Measure methods at several budgets on your own images, beside answers with
-all visual tokens, which take turns with the pruned ones. Without an image: a drawn scene."""
+SWEEP_DESCRIPTION = """Measure methods at several budgets on your own images and compare them with
+answers with all visual tokens; both alternate. Without an image: a drawn scene."""
 SWEEP_EPILOG = """example: mlx-vlm-prune sweep --model my-model --image photos
 --prompt "What is this?" --pruner norm divprune --keep-ratio 0.5 0.25 --json sweep.json"""
 
-EXPLORE_DESCRIPTION = """Write a page that shows what methods kept of your images, step by step, the
-answers beside that with all visual tokens, and what each token of an answer lost."""
+EXPLORE_DESCRIPTION = """Write a page that shows what methods kept of your images, step by step,
+compares the answers with the full one, and shows what each token of an answer lost."""
 EXPLORE_EPILOG = """example: mlx-vlm-prune explore --model my-model --image photo.jpg
 --prompt "What is this?" --pruner divprune fastv --keep-ratio 0.5 0.25 --out page.html"""
-SERVE_DESCRIPTION = """Answer requests over HTTP as OpenAI's API has them. A request can say how
-many visual tokens it keeps: visual_tokens, keep_ratio, pruner, budget_ms, or a picture's detail."""
+SERVE_DESCRIPTION = """Serve OpenAI's API over HTTP. A request can set how many visual tokens are
+kept, by visual_tokens, keep_ratio, pruner, budget_ms, or the detail of a picture."""
 SERVE_EPILOG = """example: mlx-vlm-prune serve --model my-model --pruner divprune
 --keep-ratio 0.25"""
-APP_DESCRIPTION = """Chat about pictures in a browser: each question is answered with all visual
-tokens and pruned, beside what was kept. Only this machine reaches the page."""
+APP_DESCRIPTION = """Chat about pictures in a browser. Each question is answered with all visual
+tokens and with the kept ones, which the page shows. Only this machine can reach the page."""
 OF_RESIZED = f", and with --resize-shape {MOST_PIXELS:,}"  # pixels of an image
 CAUTION_HELP = (
-    "with auto keep more of documents, and where a prompt asks for reading, counting or places"
+    "with auto, keep more tokens of documents and for prompts about reading, counting or places"
 )
 Add = Callable[..., Any]
 
@@ -87,18 +87,18 @@ def build_sweep_parser(methods: Sequence[str], ratios: Sequence[float]) -> Parse
     add = parser.add_argument_group("pruning").add_argument
     _add_methods(add, methods, ratios)
     add("--positions", choices=("keep", "renumber"), **SEVERAL,
-        help="kept tokens keep their positions, or count anew; both measures both (default: as in"
-        " the method's paper)")
+        help="kept tokens keep their positions or are renumbered; give both to measure both"
+        " (default: as in the method's paper)")
     add = parser.add_argument_group("run").add_argument
     add("--runs", type=partial(whole_number, 1), default=5, metavar="N",
-        help="rounds about each image that are counted")
+        help="rounds for each image that are counted")
     add("--warmup", type=partial(whole_number, 0), default=1, metavar="N",
-        help="rounds about each image before them")
+        help="rounds for each image before these, not counted")
     add("--share", type=partial(whole_number, 1), default=4, metavar="N",
         help="pruned answers after each full one")
     add("--max-tokens", "-m", type=int, default=64, metavar="N", help="longest answer, in tokens")
     add("--json", type=Path, default=Path("sweep.json"), metavar="FILE",
-        help="where the result goes; an interrupted sweep is kept beside it")
+        help="result file; an interrupted sweep is kept beside it")
     _add_mlx_vlm(parser)
     return parser
 
@@ -114,14 +114,14 @@ def build_explore_parser(methods: Sequence[str], ratios: Sequence[float]) -> Par
     add = parser.add_argument_group("pruning").add_argument
     _add_methods(add, methods, ratios)
     add("--positions", choices=("keep", "renumber"),
-        help="kept tokens keep their positions, or count anew (default: as in the method's paper)")
+        help="kept tokens keep their positions or are renumbered (default: as in the paper)")
     add = parser.add_argument_group("page").add_argument
     add("--max-tokens", "-m", type=int, default=64, metavar="N", help="longest answer, in tokens")
     add("--predict", action=argparse.BooleanOptionalAction, default=True,
-        help="predict times too, of our models from a calibration of each method, which takes some"
-        " seconds and is kept, of mlx-vlm's from counted operations")
+        help="also predict times: for models of this package by a calibration of each method, which"
+        " takes some seconds and is stored, for mlx-vlm's from counted operations")
     add("--out", type=Path, default=Path("explore.html"), metavar="FILE.html",
-        help="where the page goes; a file that is there is replaced")
+        help="the page; an existing file is replaced")
     return parser
 
 
@@ -146,38 +146,38 @@ def build_serve_parser(max_pixels: int) -> Parser:
     """The command line of `serve`; a picture may have `max_pixels` at most."""
     parser = Parser("mlx_vlm_prune.serve", description=SERVE_DESCRIPTION, epilog=SERVE_EPILOG)
     _add_model(parser)
-    about = "For requests that say nothing themselves; without any, all visual tokens are kept."
+    about = "Defaults for requests that set none; without a default all visual tokens are kept."
     add = parser.add_argument_group("pruning", about).add_argument
     add("--pruner", type=method_spec, metavar="SPEC",
-        help="NAME, NAME:option=value,…, a chain NAME+NAME, or a file of your own for a name;"
-        " `pruners` lists names (default: the"
-        " checkpoint's own, else auto for requests with a budget)")
+        help="NAME, NAME:option=value,… or a chain NAME+NAME; `pruners` lists the names, and NAME"
+        " can be a file of your own (default: the checkpoint's own method, else auto for requests"
+        " with a budget)")
     add("--caution", action=argparse.BooleanOptionalAction, default=True,
         help=CAUTION_HELP)
     _add_budget(add)
     add("--budget-ms", dest="ms", type=float, metavar="MS",
-        help="keep as many tokens as fit this time to first token, of a prompt that is read alone")
+        help="keep as many tokens as fit this time to the first token, for one request at a time")
     add = parser.add_argument_group("server").add_argument
-    add("--host", default="127.0.0.1", help="the address to listen at")
+    add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=partial(whole_number, 0, most=65535), default=8080, metavar="PORT",
-        help="its port; 0 takes a free one")
-    add("--api-key", metavar="KEY", help="what requests must have as their bearer token; better"
-        " in the variable MLX_VLM_PRUNE_API_KEY, which other users cannot list (default: none)")
+        help="port; 0 takes a free one")
+    add("--api-key", metavar="KEY", help="bearer token that requests must have; better in the"
+        " variable MLX_VLM_PRUNE_API_KEY, which other users cannot see (default: none)")
     add = parser.add_argument_group("limits").add_argument
     add("--max-pixels", type=partial(whole_number, 1), default=max_pixels, metavar="N",
-        help="of a picture; a larger one is made smaller, with a warning in the answer")
+        help="most pixels of a picture; larger ones are made smaller, with a warning")
     add("--max-images", type=partial(whole_number, 0), default=16, metavar="N",
-        help="of a request")
+        help="most images of a request")
     add("--allow-url", action="store_true",
-        help="a picture may be an http(s) URL, too, of public addresses alone, 64 MB a request")
+        help="allow pictures from http(s) URLs, public addresses only, 64 MB per request")
     add("--batch", type=partial(whole_number, 1), default=16, metavar="N",
-        help="answers that are written at once")
+        help="most answers that are computed together")
     add("--queue", type=partial(whole_number, 0), default=64, metavar="N",
-        help="requests that may wait beside them; more are refused with 429")
+        help="most requests that wait; more are refused with 429")
     add("--timeout", type=float, default=600.0, metavar="S",
-        help="seconds until an answer must be complete")
+        help="most seconds for an answer")
     add("--cache-gb", type=float, default=1.0, metavar="GB",
-        help="memory (10^9 bytes) for features and rows of earlier prompts; 0 keeps none")
+        help="memory (10^9 bytes) for the cache of earlier prompts; 0: no cache")
     return parser
 
 
@@ -187,7 +187,7 @@ def build_app_parser() -> Parser:
     _add_model(parser)
     add = parser.add_argument_group("page").add_argument
     add("--port", type=partial(whole_number, 0, most=65535), default=7860, metavar="PORT",
-        help="the port of 127.0.0.1; 0 takes a free one")
+        help="port on 127.0.0.1; 0 takes a free one")
     add("--max-tokens", "-m", type=partial(whole_number, 1), default=256, metavar="N",
         help="longest answer, in tokens")
     return parser
@@ -203,8 +203,8 @@ def _add_model(parser: Parser) -> Add:
     add("--adapter-path", metavar="FOLDER", help="adapters that were trained for the model"
         " (default: none)")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
-        help="of the weights and the computation; auto is float32 on a CPU, the checkpoint's own"
-        " on a GPU")
+        help="type of the weights and of the computation; auto is float32 on a CPU and the"
+        " checkpoint's own type on a GPU")
     return add
 
 
@@ -229,8 +229,8 @@ def typed_prompt() -> str:
 def _add_config(add: Add) -> None:
     add("--trust-remote-code", action="store_true",
         help="refused: no code from a model's folder is run here")
-    add("--config", "-c", type=Path, metavar="FILE.yaml", help="a config file of `train`: ask the"
-        " model that it trains, with its pruner and budget; flags override it (default: none)")
+    add("--config", "-c", type=Path, metavar="FILE.yaml", help="a config file of `train`: use the"
+        " model trained with it, its pruner and its budget; flags override it (default: none)")
 
 
 def _add_image_and_prompt(parser: Parser) -> None:
@@ -242,8 +242,8 @@ def _add_image_and_prompt(parser: Parser) -> None:
 
 def _add_prompt(add: Add) -> None:
     add("--prompt", "-p", metavar="TEXT",
-        help="the question; - reads it from stdin; <image> marks an image's place (default: images"
-        " come first)")
+        help="the question; - reads it from stdin; <image> marks the place of an image (default:"
+        " images come first)")
 
 
 def _add_image(add: Add, exception: str = "") -> None:
@@ -251,15 +251,15 @@ def _add_image(add: Add, exception: str = "") -> None:
         help="image files (default: none)")
     add_max_pixels(add, exception)
     add("--allow-url", action="store_true",
-        help="an image may be an http(s) URL, too, of public addresses alone")
+        help="allow images from http(s) URLs, public addresses only")
     add("--system", "--system-prompt", metavar="TEXT",
-        help="a system message, which comes before the first question (default: none)")
+        help="system message, before the first question (default: none)")
 
 
 def _add_template_config(add: Add) -> None:
     add("--enable-thinking", dest="chat_template_config", action=MergeOptions, nargs=0,
-        const={"enable_thinking": True}, help="let a model think first, by the option of that name"
-        " of its chat template (default: as the template has it)")
+        const={"enable_thinking": True}, help="turn on thinking, by the chat template's option of"
+        " this name (default: as in the template)")
     add("--chat-template-config", type=json_object, action=MergeOptions, metavar="JSON",
         help='options of the chat template, such as {"open_thinking": true} (default: none)')
 
@@ -268,32 +268,32 @@ def _add_pruning(parser: Parser) -> None:
     add = parser.add_argument_group("pruning").add_argument
     _add_pruner(add)
     add("--num-draft-tokens", type=int, metavar="N",
-        help="tokens that the twig beside a model drafts ahead, 5 in TwigVLM; the greedy answer"
-        " stays the same (default: no drafting)")
+        help="number of tokens that the model's twig drafts, 5 in TwigVLM; the greedy answer is"
+        " the same (default: no drafting)")
     about = "How many of an image's N visual tokens to keep; without a budget, half of them."
     add = parser.add_argument_group("budget", about).add_argument
     _add_budget(add)
     add("--budget-ms", dest="ms", type=float, metavar="MS",
-        help="keep as many tokens as fit this time to first token, predicted from a calibration of"
-        " this machine")
+        help="keep as many tokens as fit this time to the first token, by a calibration of this"
+        " machine")
     add("--budget-gb", dest="gb", type=float, metavar="GB",
-        help="keep as many tokens as fit this much memory (10^9 bytes), at its peak")
+        help="keep as many tokens as fit this peak memory (10^9 bytes)")
 
 
 def _add_pruner(add: Add) -> None:
     add("--pruner", type=method_spec, metavar="SPEC",
-        help="NAME, NAME:option=value,…, a chain NAME+NAME, or a file of your own for a name;"
-        " `pruners` lists names; auto chooses one and says why (default: what the checkpoint was"
-        " trained with, else auto with a budget, none without)")
+        help="NAME, NAME:option=value,… or a chain NAME+NAME; `pruners` lists the names, NAME can"
+        " be a file of your own, and auto chooses a method and says why (default: the checkpoint's"
+        " own method, else auto with a budget and none without)")
     add("--caution", action=argparse.BooleanOptionalAction, default=True,
         help=CAUTION_HELP)
     add("--positions", choices=("keep", "renumber"),
-        help="kept tokens keep their positions, or count anew (default: as in the method's paper)")
+        help="kept tokens keep their positions or are renumbered (default: as in the paper)")
 
 
 def _add_budget(add: Add) -> None:
-    add("--keep-ratio", type=float, metavar="R", help="a share of N, above 0 and at most 1")
-    add("--keep-tokens", type=int, metavar="K", help="at most so many tokens of an image")
+    add("--keep-ratio", type=float, metavar="R", help="share of N to keep, above 0, at most 1")
+    add("--keep-tokens", type=int, metavar="K", help="keep at most this many of each image")
 
 
 def _add_decoding(parser: Parser) -> None:
@@ -304,29 +304,28 @@ def _add_decoding(parser: Parser) -> None:
     add("--top-p", type=float, default=1.0, metavar="P",
         help="sample from the most likely tokens that together have this probability")
     add("--top-k", type=int, default=0, metavar="K",
-        help="sample from the K most likely tokens, by mlx-lm's sampler; 0 is all")
+        help="sample from the K most likely tokens, as in mlx-lm; 0: from all")
     add("--min-p", type=float, default=0.0, metavar="P",
-        help="sample from the tokens that have this share of the likeliest one's probability, by"
-        " mlx-lm's sampler")
-    add("--seed", type=int, default=0, metavar="N", help="of the sampling")
+        help="sample from tokens with at least this share of the most likely token's probability,"
+        " as in mlx-lm")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the sampling")
     add("--repetition-penalty", type=float, metavar="X",
-        help="make what the latest tokens say less likely, by mlx-lm's penalty; above 1 (default:"
-        " none)")
+        help="penalty on the latest tokens, as in mlx-lm; above 1 (default: none)")
     add("--repetition-context-size", type=int, default=20, metavar="N",
-        help="how many of the latest tokens the penalty is about")
+        help="number of the latest tokens that the penalty is for")
     add("--extra-eos-token", "--eos-tokens", dest="eos_tokens", **SEVERAL,
-        metavar="TOKEN", help="tokens that end an answer, too (default: the model's alone)")
+        metavar="TOKEN", help="further tokens that end an answer (default: only the model's)")
 
 
 def _add_output(parser: Parser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--compare", action="store_true",
-        help="answer with all visual tokens first, then pruned, and with --num-draft-tokens also"
-        " drafted; then time them in turns")
-    add("--overlay", type=Path, metavar="FILE.png", help="draw the images, dropped tokens dimmed")
+        help="also answer with all visual tokens (and with --num-draft-tokens with drafts), and"
+        " time the answers in turns")
+    add("--overlay", type=Path, metavar="FILE.png", help="draw the images with dropped tokens dark")
     add("--json", type=Path, metavar="FILE", help="write the answer and all figures")
     add("--verbose", action=argparse.BooleanOptionalAction, default=True,
-        help="print figures around the answer")
+        help="print the figures of the answer")
 
 
 def _add_mlx_vlm(parser: Parser) -> None:
@@ -338,9 +337,9 @@ def _add_mlx_vlm(parser: Parser) -> None:
     add("--quantized-kv-start", type=int, metavar="ROWS",
         help="quantize the cache once it has this many rows (default: 5000)")
     add("--max-kv-size", type=int, metavar="ROWS",
-        help="hold the first four and the latest rows only in the key/value cache (default: all)")
+        help="keep only the first four and the latest rows in the key/value cache (default: all)")
     add("--resize-shape", type=int, nargs="+", metavar="PIXELS",
-        help="fit images into this width and height; one number is both (default: no)")
+        help="resize images to fit this width and height; one number for both (default: no)")
     add("--processor-kwargs", type=json_object, metavar="JSON",
         help='options of the model\'s own processor, such as {"do_image_splitting": false}'
         " (default: none)")

@@ -1,6 +1,6 @@
 """Several turns with a model of ours: features and rows of earlier turns are not computed again.
 
-Each image goes through the tower once. A turn chooses the image's tokens anew, from all its
+Each image goes through the tower once. A turn chooses the image's tokens again, from all its
 features, and the layers read the prompt's rows from the first that is not the same as before.
 
 Shapes: H height, W width of a picture.
@@ -189,7 +189,7 @@ class Conversation:
         try:
             check_prompt(self.model, prompt)
         except UserError as problem:
-            advice = "; begin anew" if request.history else ""
+            advice = "; begin again" if request.history else ""
             raise UserError(f"{problem}{advice}") from None
         return prompt
 

@@ -10,7 +10,7 @@ from ..scenes import SIZE
 logger = logging.getLogger("mlx_vlm_prune")
 SCENES_ONLY = (
     "the built-in model knows its own drawn scenes only, not photographs; for those convert"
-    " a trained checkpoint (python -m mlx_vlm_prune convert to-mlx --help) and give it as --model"
+    " a trained checkpoint (mlx-vlm-prune convert to-mlx --help) and give it as --model"
 )
 
 

@@ -56,8 +56,8 @@ def twig_of(model: VLM, name: str) -> TwigReader:
         return TwigReader(twig)
     raise UserError(
         f"num_draft_tokens needs a twig, and {name} has none beside it;"
-        " python -m mlx_vlm_prune convert to-mlx --twig brings one along,"
-        " python -m mlx_vlm_prune.train with stage twig trains one"
+        " mlx-vlm-prune convert to-mlx --twig brings one along,"
+        " mlx-vlm-prune train with stage twig trains one"
     )
 
 

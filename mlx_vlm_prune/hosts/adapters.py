@@ -40,8 +40,8 @@ def load_adapters(model: Any, folder: str | Path) -> None:
         there = weights[name].shape if name in weights else None
         if here != there:
             raise UserError(
-                f"the adapters in {folder} do not fit this model: {name} is {there} there, and"
-                f" {here} here"
+                f"the adapters in {folder} do not fit this model: {name} is {there} in the"
+                f" file, and {here} in the model"
             )
     model.eval()
     mx.eval(model.parameters())

@@ -11,7 +11,7 @@ from .host import Host
 LATER = "not yet in mlx-vlm models"
 SLOTS_OF_TILES = "it makes a number of slots from a picture, and an image may be cut into several"
 SHRINKS_IMAGE = f"it makes the pixels fewer, {LATER}; resize_shape makes the picture smaller"
-NO_PIXELS = f"it needs the pixels of patches behind the tower, {LATER}"
+NO_PIXELS = f"it needs the pixels of patches after the tower, {LATER}"
 BETWEEN_LAYERS = "it works between the language model's layers, and {}"
 WITHOUT_ATTENTION = "its tower has neither a CLS token nor attention that could stand in for it"
 # What a host has between the language model's layers, and what a tower without attention has.

@@ -224,7 +224,7 @@ def _call_on_batch(
     language: Language, is_bidirectional: bool, ids_BL: mx.array, arguments: dict[str, Any],
     is_dropped_BL: np.ndarray,
 ) -> Any:  # fmt: skip
-    """Whole prompts of a batch, padded on the left anew to the most kept rows."""
+    """Whole prompts of a batch, padded on the left again to the most kept rows."""
     cache = arguments["cache"]
     if rows_cache(cache).keys is not None:
         raise UserError("a batch with pruned prompts is read at once, and this one was cut")

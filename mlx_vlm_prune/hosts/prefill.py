@@ -159,7 +159,7 @@ READ_ALONE = (
 
 
 def without_embeddings(features: Any) -> Any:
-    """mlx-vlm's features of a prompt that was read through cuts: NaN, for whoever reads it anew."""
+    """mlx-vlm's features of a prompt that was read through cuts: NaN, if a caller reads it."""
     x_BLD = features.inputs_embeds
     return replace(features, inputs_embeds=mx.full(x_BLD.shape, mx.nan, x_BLD.dtype))
 

@@ -175,7 +175,7 @@ def _render_turns(
     if not all(isinstance(message, dict) for message in turns):
         if not history:
             raise UserError(f"a {host.kind} model reads one question and no system message")
-        raise UserError(f"a {host.kind} model reads one question and no earlier turns; begin anew")
+        raise UserError(f"a {host.kind} model reads one question and no earlier turns; begin again")
     host.check_template(turns, options)
     text: str = get_chat_template(host.processor, turns, True, **options)
     if system is not None and system.strip() not in text:

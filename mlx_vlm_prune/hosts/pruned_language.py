@@ -122,7 +122,7 @@ class PrunedLanguage:
         raise UserError("a pruned prompt has fewer rows than ids, so no prefix is read again")
 
     def chunked_prefill_policy(self, **arguments: Any) -> bool:
-        """May mlx-vlm read the prompt in pieces? Not a batch: `call_on_kept_rows` pads it anew, and
+        """May mlx-vlm read the prompt in pieces? Not a batch: `call_on_kept_rows` repads it, and
         reads that in pieces."""
         cache, x = arguments.get("prompt_cache"), arguments.get("inputs_embeds")
         is_alone = x is None or len(x) == 1

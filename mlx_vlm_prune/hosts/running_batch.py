@@ -151,7 +151,7 @@ class HostRunningBatch:
 
     def rows_left(self, prepared: PreparedPictures, *, low_detail: bool = False) -> int:
         """The rows of a pruned prompt at most, where each of them has its id; how many tokens each
-        image becomes is known only behind the tower. Raises UserError."""
+        image becomes is known only after the tower. Raises UserError."""
         host, request, ids = self.host, prepared.request, prepared.inputs.ids
         pipeline, _ = self._plan(request)
         has_own_number = pipeline.trained_tokens or pipeline.own_budget(len(ids)) is not None

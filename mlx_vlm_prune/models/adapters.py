@@ -147,8 +147,8 @@ def load_adapters(model: VLM, folder: str | Path) -> list[str]:
         here, there = (x[name].shape if name in x else "none" for x in (expected, weights))
         if here != there:
             raise UserError(
-                f"the adapters in {folder} do not fit this model: {name} is {there} there, and"
-                f" {here} here"
+                f"the adapters in {folder} do not fit this model: {name} is {there} in the"
+                f" file, and {here} in the model"
             )
     casted = [(name, array.astype(expected[name].dtype)) for name, array in weights.items()]
     model.load_weights(casted, strict=False)

@@ -135,9 +135,7 @@ def find_folder(path_or_hub_name: str | Path | None, revision: str | None = None
     """Where a model's files lie on this disk; the built-in model's without a path. UserError."""
     path = CHECKPOINT if path_or_hub_name is None else resolve_path(path_or_hub_name, revision)
     if not path.is_dir():
-        raise UserError(
-            f"{path} is a file; a model is a folder (see python -m mlx_vlm_prune convert to-mlx)"
-        )
+        raise UserError(f"{path} is a file; a model is a folder (see mlx-vlm-prune convert to-mlx)")
     return path
 
 

@@ -159,7 +159,7 @@ class VLM(ImageEncoder):
         self, prompts: Sequence[Prompt], batches: list[ImageBatch], pipeline: Pipeline,
         budgets: StepBudgets, positions: Policy | None = None,
     ) -> "SplicedImages":  # fmt: skip
-        """`splice_images` behind the tower."""
+        """`splice_images` after the tower."""
         steps: list[ReductionStep] = []
         if batches:
             if pipeline.needs_signal("text"):

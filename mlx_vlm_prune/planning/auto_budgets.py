@@ -16,7 +16,7 @@ from .budgets import BudgetChoice, check_free_budget
 
 logger = logging.getLogger("mlx_vlm_prune")
 FIRST_SHARE = 0.25  # of the tokens, by which the first method is chosen
-MOST_METHODS = 3  # behind the tower, each of which may be calibrated, some seconds
+MOST_METHODS = 3  # after the tower, each of which may be calibrated, some seconds
 
 
 def first_method(model: Any, processor: Any, is_batched: bool = False) -> AutoChoice:
@@ -60,7 +60,7 @@ def choose_within(
 ) -> tuple[BudgetChoice, str]:  # fmt: skip
     """The choice of K by a method that is worth it at that K, and a line that says why.
 
-    `keep_within` chooses K for a method. Where no method behind the tower meets the budget, one
+    `keep_within` chooses K for a method. Where no method after the tower meets the budget, one
     that shortens the tower is tried, if one is worth it. The line is logged where K meets it.
     Raises UserError where no method can be chosen.
     """

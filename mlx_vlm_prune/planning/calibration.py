@@ -329,7 +329,7 @@ def _save(path: Path, calibration: Any) -> None:
     if calibration.slack > BUSY_SLACK:
         logger.warning(
             "while calibrating, runs took up to %.1f x as long as usual: the machine is busy,"
-            " budgets are chosen with care, and the next run calibrates anew",
+            " budgets are chosen with care, and the next run calibrates again",
             calibration.slack,
         )
         return
@@ -338,4 +338,4 @@ def _save(path: Path, calibration: Any) -> None:
     try:
         write_cached(path, json.dumps(content, indent=1) + "\n")
     except UserError as e:
-        logger.warning("the calibration cannot be kept, so the next run makes it anew: %s", e)
+        logger.warning("the calibration cannot be kept, so the next run makes it again: %s", e)

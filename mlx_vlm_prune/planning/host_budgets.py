@@ -66,7 +66,7 @@ def keep_within(
         if level == math.inf:
             raise UserError(
                 "the calibration is of other processor options: one of its pictures becomes another"
-                " number of visual tokens here; leave it out, or calibrate anew"
+                " number of visual tokens here; leave it out, or calibrate again"
             )
     else:
         calibration, level = present_calibration(prompt)

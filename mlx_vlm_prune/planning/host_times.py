@@ -9,7 +9,7 @@ from typing import Any
 from ..generation.request import Request
 from ..hosts.families import host_of
 from ..hosts.families.pruner_defaults import plan_for_host
-from ..hosts.host import generation_stream
+from ..hosts.host import Host, generation_stream
 from ..hosts.prefill import HostPrefill
 from ..hosts.prompt import encode_images, prune_prompt
 from ..hosts.turns import RequestTurns
@@ -46,7 +46,14 @@ def measure(model: Any, processor: Any, image: Any) -> Measured:
     full_bytes, pruned_bytes = (
         round(calibration.row_bytes * float(predicted.rows(k, text, 1))) for k in (N, K)
     )
-    return Measured(N, K, times, (full_bytes, pruned_bytes))
+    return Measured(N, K, times, (full_bytes, pruned_bytes), methods_inside_tower(host))
+
+
+def methods_inside_tower(host: Host) -> str:
+    """Whether methods work there in this family, to follow the words "Inside the tower"."""
+    if host.why_no_encoder_methods:
+        return "no method works in this model"
+    return "methods work too (tome, patch_norm, …), which only `sweep` times in mlx-vlm's models"
 
 
 def smaller_image(calibration: HostCalibration, N: int) -> int | None:

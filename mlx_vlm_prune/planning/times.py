@@ -43,19 +43,21 @@ class Times:
 
     @property
     def most_speedup(self) -> float:
-        """The speedup of a method behind the tower that keeps no token: the upper bound."""
+        """The speedup of a method after the tower that keeps no token: the upper bound."""
         return self.total / (self.image + self.vision)
 
 
 @dataclass(frozen=True)
 class Measured:
     """The times of an image of so many tokens, of which so many are kept; bytes of the prompt's
-    cache with all of them, and with those."""
+    cache with all of them, and with those. `inside_tower` says what is known of methods there,
+    where `times` has none."""
 
     tokens: int
     kept: int
     times: Times
     cache_bytes: tuple[int, int]
+    inside_tower: str = ""
 
 
 def measure(model: VLM, processor: Processor, image: Any) -> Measured:

@@ -92,7 +92,7 @@ class Factor:
 
     In float64 two neighbours of as many rows become one, up to `MOST_ROWS`: so there are few, and a
     row is copied a few times only. In float32, for a GPU, a block has room for `MOST_ON_GPU` rows,
-    and is written anew with each: one launch, and fewer products.
+    and is written again with each: one launch, and fewer products.
     """
 
     def __init__(self, K: int) -> None:

@@ -3,7 +3,7 @@
 The encoder half of VScan, Zhang et al., TMLR 2026, arXiv:2505.22654. Local: at an early layer
 (5 of 24, from 0) CLS attention, the highest of each window of the image, as many from each.
 Global: CLS attention at the end, the highest of the rest. Each dropped token merges into the
-kept one most similar to it (the mean), behind the projector. The whole of VScan, which drops
+kept one most similar to it (the mean), after the projector. The whole of VScan, which drops
 again inside the decoder, is the preset `vscan`.
 
 As the authors' code (github.com/Tencent/SelfEvolvingAgent@a82450e), whose early layer in

@@ -71,7 +71,7 @@ def _print_all() -> None:
     _print_columns([COLUMNS, *(table_row(method) for method in METHODS.values())])
     print("\nChains: NAME+NAME prunes at two stages, NAME:keep=N leaves N tokens to the next, or a")
     print("share of them below 1; restore joins any of them.")
-    print("NAME:budget=similarity, behind the tower, gives each image K")
+    print("NAME:budget=similarity, after the tower, gives each image K")
     print(f"times 1 less the mean cosine of its tokens, over reference={REFERENCE:g}. Presets:")
     for preset, chain in PRESETS.items():
         print(f"  {preset} = {chain}")

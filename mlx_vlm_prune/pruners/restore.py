@@ -18,7 +18,7 @@ at the distance of their positions. The answer's tokens add nothing.
 
 As the authors' code (github.com/cvlab-yonsei/RESTORE@9b27e68) with `published=True`, also where the
 anchors' names there speak of denser tokens. Differs: the tokens are those that the selector reads,
-where theirs are behind the projector (a selector at the end of the tower reads them before it); of
+where theirs are after the projector (a selector at the end of the tower reads them before it); of
 K = 1 the selector's token stays, where theirs is the mean of all; with `published` a selector that
 merges, or works inside the tower or the language model, is refused; `published` is refused in
 mlx-vlm's models, whose layers share a mask.

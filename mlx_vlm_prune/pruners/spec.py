@@ -62,7 +62,7 @@ def _check_completed(last: Pruner, enhancer: Pruner) -> None:
             f"{enhancer.spec} works ahead of the language model, and {last.name} inside it"
         )
     if last.stage is Stage.ENCODER:
-        raise UserError(f"{enhancer.spec} works behind the tower, and {last.name} inside it")
+        raise UserError(f"{enhancer.spec} works after the tower, and {last.name} inside it")
     if trained := last.trained_tokens:
         raise UserError(
             f"{enhancer.spec} leaves its selector part of the budget, and {last.name} was trained"

@@ -110,7 +110,7 @@ class Neighbours:
         return row_nN
 
     def largest_similarity(self, token_a: np.ndarray, token_b: np.ndarray) -> np.ndarray:
-        """Of each token of A to one of B, (a,). A list without one of B is made anew."""
+        """Of each token of A to one of B, (a,). A list without one of B is made again."""
         is_b_N = np.zeros(self.similar.N, bool)
         is_b_N[token_b] = True
         is_b_aM = is_b_N[self.token_NM[token_a]]

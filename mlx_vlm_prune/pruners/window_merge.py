@@ -1,4 +1,4 @@
-"""Merge the windows of neighbouring patches that are most alike, behind the tower's first layer.
+"""Merge the windows of neighbouring patches that are most alike, after the tower's first layer.
 
 The first stage of MustDrop, Liu et al., arXiv:2411.10803. The image is divided into windows of
 3 x 3 patches, fewer at its right and lower edge. A window's likeness is the mean cosine of every

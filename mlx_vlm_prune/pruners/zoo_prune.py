@@ -7,7 +7,7 @@ sensitivity, scaled to 0 to 1, and its distance 1 - cos to the nearest kept toke
 most sensitive.
 
 As the authors' code (github.com/AIM-SKKU/ZOO-Prune@159f7f9) for LLaVA-1.5, which compares projected
-tokens. Differs: the directions follow from a seed, theirs are drawn anew each time; the projector
+tokens. Differs: the directions follow from a seed, theirs are drawn again each time; the projector
 reads float32, theirs float16; sensitivities that differ by less than a thousandth count alike.
 
 A projector that is one matrix moves all tokens alike: then diversity alone decides. It reads

@@ -64,7 +64,7 @@ class Metrics:
         ]
         for name, value, help_text in (
             ("prompt_tokens_total", self.prompt_tokens, "Rows of prompts after pruning."),
-            ("cached_tokens_total", self.cached_tokens, "Those of them that were not read anew."),
+            ("cached_tokens_total", self.cached_tokens, "Those of them that were not read again."),
             ("visual_tokens_total", self.visual_tokens, "Visual tokens of all images."),
             ("visual_tokens_kept_total", self.visual_tokens_kept, "Those that were kept."),
             ("generated_tokens_total", self.generated_tokens, "Tokens of answers."),

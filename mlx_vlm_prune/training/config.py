@@ -1,4 +1,4 @@
-"""What a training run is told: the keys of its YAML file, which flags override.
+"""The settings of a training run: the keys of its YAML file, which flags override.
 
 Keys are mlx-lm's where mlx-lm has them. Each stage has defaults of its own.
 """
@@ -209,9 +209,10 @@ class TrainConfig:
                 near = suggestion(str(name), known)
                 raise UserError(f"{where}: there is no key {name!r}; {near}")
         values = {name: value for name, value in values.items() if value is not None}
-        for name in ("stage", "data"):
+        needed = {"stage": either(STAGES), "data": "a file, or a folder with train and valid files"}
+        for name, kinds in needed.items():
             if name not in values:
-                raise UserError(f"{where}: {name} is missing")
+                raise UserError(f"{where}: {name} is missing: {kinds}")
         values = {name: _typed(where, name, value) for name, value in values.items()}
         if values["stage"] not in STAGES:
             raise UserError(f"{where}: stage is {values['stage']!r}; it must be {either(STAGES)}")

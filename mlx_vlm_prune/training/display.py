@@ -21,7 +21,7 @@ def in_words(seconds: float) -> str:
 
 def first_weights(starts: Mapping[str, bool]) -> str:
     """Which weights learned methods begin with; the values say whether untrained ones."""
-    texts = {True: "anew", False: "from the model's weights"}
+    texts = {True: "again", False: "from the model's weights"}
     return "".join(f"; {name} starts {texts[is_new]}" for name, is_new in starts.items())
 
 

@@ -41,5 +41,5 @@ def apply_config(args: argparse.Namespace) -> None:
     if trained in options.values() and not Path(trained).exists():
         raise UserError(
             f"there is no {trained}, which {args.config} trains; train it first"
-            f" (python -m mlx_vlm_prune train -c {args.config}), or give model"
+            f" (mlx-vlm-prune train -c {args.config}), or give model"
         )

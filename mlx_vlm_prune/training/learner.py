@@ -194,8 +194,8 @@ def _unfreeze_tower(model: VLM) -> None:
     """What visual tokens are made of: a CLIP's last norm and later layers are held and not used."""
     if model.config.quantization and model.config.quantization.tower:
         raise UserError(
-            "the vision tower is quantized, so it cannot learn; undo -q by python -m convert to-mlx"
-            " --dequantize"
+            "the vision tower is quantized, so it cannot learn; undo -q by"
+            " mlx-vlm-prune convert to-mlx --dequantize"
         )
     model.tower.unfreeze()
     for layer in model.tower.encoder.layers[model.config.vision.depth :]:
@@ -210,7 +210,7 @@ def _unfreeze_language(model: VLM, layers: int | None) -> None:
     if model.config.quantization:
         raise UserError(
             "the language model is quantized, so it cannot learn; train adapters (stage lora), or"
-            " undo -q by python -m convert to-mlx --dequantize"
+            " undo -q by mlx-vlm-prune convert to-mlx --dequantize"
         )
     if layers is None:
         language.unfreeze()

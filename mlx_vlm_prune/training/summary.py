@@ -11,7 +11,7 @@ from .display import first_weights, in_words
 from .metrics import Metrics
 from .run_loop import RunLoop
 
-COMMAND = "python -m mlx_vlm_prune.generate"
+COMMAND = "mlx-vlm-prune generate"
 ORDER = ("tower", "projector", "language")  # of parts; others follow
 Fingerprints = Mapping[str, tuple[int, int]]  # how many numbers a tensor has, and one of its bits
 

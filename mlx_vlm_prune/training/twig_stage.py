@@ -42,7 +42,7 @@ class TwigStage(Learner):
         if model.config.quantization:
             raise UserError(
                 "a twig begins as layers of the language model, which is quantized here; undo -q"
-                " by python -m convert to-mlx --dequantize"
+                " by mlx-vlm-prune convert to-mlx --dequantize"
             )
         super().__init__(model, config)
         self.starts = MappingProxyType({"twig": True})

@@ -106,7 +106,7 @@ class Conversation:
                 self.question = ""
 
     def ask_again(self, budget: TokenBudget) -> Iterator[None]:
-        """Answer the latest question anew, with another budget. Raises UserError, as `ask`."""
+        """Answer the latest question again, with another budget. Raises UserError, as `ask`."""
         with self._busy:
             self._is_stopped = False
             before = Marks.of(self.pruned)

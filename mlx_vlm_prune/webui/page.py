@@ -24,7 +24,7 @@ Updates = dict[Any, Any]  # new values of components
 TITLE = "mlx_vlm_prune"
 ABOUT = """# Fewer visual tokens
 Ask about a picture. It is answered twice: with all visual tokens, and with those that a method
-keeps. Moving the slider answers the latest question anew."""
+keeps. Moving the slider answers the latest question again."""
 FONT = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")
 CSS = """
 .gradio-container { max-width: 76rem !important; margin: 0 auto !important; }
@@ -63,7 +63,7 @@ class Page:
             names = dict.fromkeys([first.name, BUILT_IN, *folders])
             self.folder = gr.Dropdown(
                 [*names], value=first.name, allow_custom_value=True, label="Folder of a model",
-                info="one of these, or type where another lies; the conversation begins anew",
+                info="one of these, or type where another lies; the conversation begins again",
             )  # fmt: skip
             self.open = gr.Button("Open the model")
 
@@ -119,7 +119,7 @@ class Page:
         )  # fmt: skip
         with gr.Row():
             self.stop = gr.Button("Stop", size="sm")
-            self.clear = gr.Button("Begin anew", size="sm")
+            self.clear = gr.Button("Begin again", size="sm")
         gr.Examples(examples(folder), self.question, label="Drawn scenes", cache_examples=False)
 
     def _connect(self) -> None:
@@ -169,13 +169,13 @@ class Page:
             yield from self._write(talk, talk.ask_again(budget_of(*budget)), {})
 
     def begin(self, talk: Conversation | None) -> Updates:
-        """Begin anew, with the same model."""
+        """Begin again, with the same model."""
         if talk is None:  # nothing was asked yet
             return {self.notice: notice("")}
         return self._new(self._conversation_with(talk.opened))
 
     def open_model(self, name: str | None) -> Updates:
-        """Begin anew with another model; a mistake is a sentence, and the conversation goes on."""
+        """Begin again with another model; a mistake is a sentence, and the conversation goes on."""
         try:
             opened = self.models.open(name or "")
             methods = gr.Dropdown(menu(opened), value=AUTO)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.hub import resolve_path
 from mlx_vlm_prune.checkpoints.reading.files import check_target, write_atomically
+from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, compose
 
 from ..models.learned import read_learned
 from ..models.loading import load_source
@@ -39,6 +40,9 @@ def verify(args: argparse.Namespace) -> bool:
         check_target(args.json, replace=True)
     source, vision = (name and resolve_path(name) for name in (args.source, args.vision))
     with tempfile.TemporaryDirectory() as folder:
+        if not args.image:
+            args.image = [f"{folder}/scene.png"]
+            compose(HELD_OUT_SEEDS[7]).image().save(args.image[0])
         record(args, folder)
         recording = Recording.read(Path(folder))
     methods = recording.facts["methods"]

@@ -212,7 +212,7 @@ class VLM(nn.Module):
         return signals.replace(text_BTD=text_BTD, text_real_BT=real_BT)
 
     def prune(self, encoded: Signals, steps: Sequence[Step]) -> tuple[Tensor, Reduction]:
-        """Projected tokens after the steps at the end of the tower and behind the projector."""
+        """Projected tokens after the steps at the end of the tower and after the projector."""
         signals, (images, n, _) = encoded, encoded.x_BND.shape
         last = selecting(steps)[-1]
         index_N = torch.arange(n, device=encoded.x_BND.device)

@@ -15,7 +15,7 @@ PRESETS = {
     "mustdrop": "window_merge+dual_attention",
     "hilo": "two_scales+lookahead",
 }
-RENUMBERED = ("pyramiddrop", "sparsevlm", "dual_attention")  # in their papers, positions count anew
+RENUMBERED = ("pyramiddrop", "sparsevlm", "dual_attention")  # in their papers
 EARLIER_STEP_FACTOR = 1.5  # of the budget, for each step of a chain that comes after
 
 

@@ -107,7 +107,7 @@ def reading_checkpoint(last: Path) -> Iterator[None]:
         yield
     except Exception as e:
         raise UserError(
-            f"{last} is no checkpoint of this training ({reason(e)}); remove it to begin anew"
+            f"{last} is no checkpoint of this training ({reason(e)}); remove it to begin again"
         ) from None
 
 

@@ -28,7 +28,7 @@ class Shaped(Protocol):
 
 class RawTensor:
     """`dtype` as safetensors names it (F32, F16, BF16, …); `data`: its bytes, row by row, flat
-    uint8, mapped from a file or computed anew at every reading."""
+    uint8, mapped from a file or computed again at every reading."""
 
     def __init__(
         self,

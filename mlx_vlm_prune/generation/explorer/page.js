@@ -1,4 +1,4 @@
-// The page: two sides, each a method; one slider over budgets; everything is drawn anew on a change.
+// The page: two sides, each a method; one slider over budgets; everything is drawn again on a change.
 
 const state = { place: Math.max(0, Math.floor((data.budgets.length - 1) / 2)), view: 0, colour: "kept" };
 const byId = (id) => document.getElementById(id);

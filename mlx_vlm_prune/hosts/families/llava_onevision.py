@@ -1,6 +1,6 @@
 """LLaVA-OneVision: SigLIP over a picture of the whole image, and over its tiles.
 
-Behind the projector mlx-vlm joins the tiles, cuts off the margin that the processor added, makes a
+After the projector mlx-vlm joins the tiles, cuts off the margin that the processor added, makes a
 large mosaic smaller, and puts the embedding of a new line behind each of its rows. So methods
 choose among embeddings here. New lines tell nothing of the image, and are left out as soon as
 anything is.

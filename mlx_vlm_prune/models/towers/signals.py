@@ -1,6 +1,6 @@
 """Signals that methods need of a tower, computed between its layers, where tokens leave too.
 
-Where g patches become one visual token behind the tower, they leave together: a group is a token
+Where g patches become one visual token after the tower, they leave together: a group is a token
 here, its patches side by side.
 
 Shapes: B images, N tokens at present, S = gN + 1 rows with CLS, H heads, D features, d head size.

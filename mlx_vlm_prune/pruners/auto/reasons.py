@@ -23,7 +23,7 @@ class Published:
     kinds: tuple[str, ...] = ()  # of these families alone, by model_type
     least_layers: int = 0  # of language models with so many alone
     on_cuda: bool = False  # where MLX computes on a CUDA GPU alone
-    in_tower: bool = False  # of budgets in ms alone that no method behind the tower meets
+    in_tower: bool = False  # of budgets in ms alone that no method after the tower meets
 
     @property
     def models(self) -> str:
