@@ -22,7 +22,7 @@ from mlx_vlm_prune.pruners import METHODS, Method
 from mlx_vlm_prune.pruners.listing import options
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, compose
 
-from . import gallery_page
+from . import clip_picture, gallery_page
 from .gallery_page import gallery
 from .readme_tables import markdown
 from .report import RESULTS, ROOT, link, random_mark, scenes
@@ -40,6 +40,7 @@ Pictures: three drawn scenes, asked "{QUESTION}", and two photographs. 49 of 196
 left, or 98 in the average layer where a method in the decoder cannot work with fewer (then the last
 layer that holds any is shown). Dark patches were dropped. Patches of one tint were merged into the
 one with the dot. The model never saw a photograph, so what it looks at there is no evidence.
+Methods for clips are shown five frames of a drawn one, a quarter of whose tokens is left.
 
 Accuracy: on held-out scenes, as in the [benchmarks](benchmarks.md). ▲ and ▼ mark what is above and
 below `random` at the same budget.
@@ -60,7 +61,8 @@ def section(method: Method, accuracy: dict) -> str:
     title, *rest = method.description.split("\n\n")
     parts = [f"## `{method.name}`", title.replace("\n", " ")]
     if (PICTURES / f"{method.name}.jpg").exists():
-        parts.append(f"![What {method.name} keeps of five images](pruners/{method.name}.jpg)")
+        seen = "the five frames of a clip" if method.reads_frames else "five images"
+        parts.append(f"![What {method.name} keeps of {seen}](pruners/{method.name}.jpg)")
     parts += rest
     facts = [f"Stage: {method.stage.name.lower()}"]
     facts.append("reads the prompt" if method.reads_prompt else "blind to the prompt")
@@ -93,7 +95,10 @@ def draw(photographs: Sequence[Path]) -> None:
     for name in gallery_page.usable_methods(model):
         if name in ("none", "attention_pool"):
             continue  # nothing is selected, or its slots have no place in the image
-        tiles = [_tile(model, processor, image, name) for image in images]
+        if METHODS[name].reads_frames:
+            tiles = clip_picture.tiles(model, processor, name)
+        else:
+            tiles = [_tile(model, processor, image, name) for image in images]
         with atomic_path(PICTURES / f"{name}.jpg", replace=True) as temporary:
             join_images(tiles).save(temporary, format="JPEG", quality=82, optimize=True)
 
