@@ -25,7 +25,7 @@ from mlx_vlm_prune.pruners import METHODS, Method
 from mlx_vlm_prune.pruners.listing import options
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, compose
 
-from . import gallery_page
+from . import clip_picture, gallery_page
 from .gallery_page import gallery
 from .readme_tables import markdown
 from .report import RESULTS, ROOT, link, random_mark, scenes
@@ -43,7 +43,8 @@ Pictures: three drawn scenes with the question "{QUESTION}", and two photographs
 tokens are kept, or a mean of 98 over the layers if a method in the decoder cannot keep fewer (then
 the last layer with visual tokens is shown). Dark patches were dropped. Patches of the same tint
 were merged into the patch with the dot. The model never saw a photograph in training, so the
-choices there prove nothing.
+choices there prove nothing. Methods for clips are shown on five frames of a drawn clip, with a
+quarter of its tokens kept.
 
 Accuracy: on held-out scenes, as in the [benchmarks](benchmarks.md). ▲ and ▼ mark figures that are
 above and below `random` at the same budget.
@@ -64,7 +65,8 @@ def section(method: Method, accuracy: dict) -> str:
     title, *rest = method.description.split("\n\n")
     parts = [f"## `{method.name}`", title.replace("\n", " ")]
     if (PICTURES / f"{method.name}.jpg").exists():
-        parts.append(f"![What {method.name} keeps of five images](pruners/{method.name}.jpg)")
+        seen = "the five frames of a clip" if method.reads_frames else "five images"
+        parts.append(f"![What {method.name} keeps of {seen}](pruners/{method.name}.jpg)")
     parts += rest
     facts = [f"Stage: {method.stage.name.lower()}"]
     facts.append("reads the prompt" if method.reads_prompt else "blind to the prompt")
@@ -106,7 +108,10 @@ def draw(photographs: Sequence[Path], names: Sequence[str] = ()) -> None:
     images = _images(photographs)
     PICTURES.mkdir(exist_ok=True)
     for name in tqdm(names or drawable, "pictures", file=sys.stderr, leave=False):
-        tiles = [_tile(model, processor, image, name) for image in images]
+        if METHODS[name].reads_frames:
+            tiles = clip_picture.tiles(model, processor, name)
+        else:
+            tiles = [_tile(model, processor, image, name) for image in images]
         with atomic_path(PICTURES / f"{name}.jpg", replace=True) as temporary:
             join_images(tiles).save(temporary, format="JPEG", quality=82, optimize=True)
 

@@ -34,8 +34,10 @@ A prompt of any family may have several images. With several images FastVLM, LLa
 PaliGemma answer differently from mlx-vlm alone, which puts words in wrong places, reads only the
 first image or refuses the second ([faults](upstream/mlx-vlm-faults.md)). Here they answer as a
 model that reads the sequence without a cache, to 1e-4.
+
+A "yes" under "video" is for `generate` ([videos](video.md)). In blocks of `pruned()` videos are
+refused; `attach(allow_videos=True)` and folders of `prune-into` read them whole.
 """
-NO_VIDEO = "videos are not pruned yet: `attach(allow_videos=True)` reads them whole, else refused"
 COUNTED = "it counts the rows it is given"
 # Of each column what stands in the way in a family, None where nothing does.
 COLUMNS: dict[str, Callable[[Family], str | None]] = {
@@ -52,7 +54,7 @@ COLUMNS: dict[str, Callable[[Family], str | None]] = {
     "`prune-into`": lambda family: None,
     "learned methods": lambda family: family.why_not_learned,
     "predicted costs": lambda family: family.why_not_counted,
-    "video": lambda family: NO_VIDEO,
+    "video": lambda family: family.why_no_clips,
 }
 EVERYWHERE = """\
 - `restore` behind a method between the language model's layers: layers with fewer rows share no

@@ -50,6 +50,7 @@ from .hosts.auto import Why, noted, noting, with_method
 from .hosts.loading import load
 from .inputs.budget import DEFAULT_KEEP_RATIO, check_budget
 from .inputs.image_sources import ImageSource
+from .inputs.video import VideoSource
 from .models.vlm import VLM
 from .planning.budgets import BudgetChoice
 from .planning.command_budget import budget_of, limits_of
@@ -70,23 +71,21 @@ SAMPLE_OVERLAY = Path("kept.png")
 
 
 def stream_generate(
-    model: Any,
-    processor: Any,
-    prompt: str,
+    model: Any, processor: Any, prompt: str,
     image: ImageSource | Sequence[ImageSource] | None = None,
     *,
     pruner: str | Pruner | Pipeline | None = None,
     keep_ratio: float | None = None, keep_tokens: int | None = None, caution: bool = True,
     positions: Policy | None = None,
     max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-    top_k: int = 0, min_p: float = 0.0,
-    repetition_penalty: float | None = None, repetition_context_size: int = 20,
+    top_k: int = 0, min_p: float = 0.0, repetition_penalty: float | None = None,
+    repetition_context_size: int = 20,
     sampler: Sampler | None = None, logits_processors: Sequence[LogitsProcessor] | None = None,
     eos_tokens: Sequence[str | int] | None = None, num_draft_tokens: int | None = None,
-    system: str | None = None,
-    chat_template_config: Mapping[str, Any] | None = None,
+    system: str | None = None, chat_template_config: Mapping[str, Any] | None = None,
     max_pixels: int | None = None, allow_url: bool = False,
-    host_options: Mapping[str, Any] | None = None,
+    host_options: Mapping[str, Any] | None = None, video: VideoSource | None = None,
+    fps: float = 2.0, max_frames: int = 32,
 ) -> Iterator[GenerationResponse]:  # fmt: skip
     """Answer a prompt about any number of images, one piece of text at a time. Raises UserError.
 
@@ -101,7 +100,9 @@ def stream_generate(
     `eos_tokens` end an answer beside the model's. A twig may guess `num_draft_tokens` ahead.
     `max_pixels` limits images; larger JPEGs are scaled. `allow_url` allows public http(s) URLs.
     `chat_template_config` are the template's options, `host_options` mlx-vlm's: prefill_step_size,
-    kv_bits, quantized_kv_start, max_kv_size (rows), resize_shape, processor_kwargs.
+    kv_bits, quantized_kv_start, max_kv_size (rows), resize_shape, processor_kwargs. Qwen models
+    answer about a `video`, a file, a folder or a list of frames: `fps` frames a second, at most
+    `max_frames`. Its budget is one for the whole clip.
     """
     options: Any = {name: value for name, value in locals().items() if name in OPTIONS}
     request = make_request(prompt, image, options)
@@ -171,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load a model, answer once or twice, and write the files."""
     apply_config(args)
-    is_sample = not args.image and args.prompt is None and args.model is None
+    is_sample = not (args.image or args.video) and args.prompt is None and args.model is None
     _check(args, is_sample)
     if is_sample:
         _use_sample(args)
@@ -297,8 +298,8 @@ def _check(args: argparse.Namespace, is_sample: bool) -> None:
     check_num_draft_tokens(args.num_draft_tokens, args.temperature, True)
     for path in filter(None, (args.json, args.overlay)):
         check_target(path, replace=True)
-    if args.overlay and not args.image and not is_sample:
-        raise UserError("--overlay needs an --image")
+    if args.overlay and not (args.image or args.video) and not is_sample:
+        raise UserError("--overlay needs an --image or a --video")
     if args.overlay and args.overlay.suffix.lower() != ".png":
         raise UserError(f"--overlay is {args.overlay}; it is drawn as PNG, so name it .png")
 

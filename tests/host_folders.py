@@ -106,6 +106,8 @@ def _words(home: Path, name: str) -> None:
     part = (
         "{% if part.type == 'image' %}"
         + MARKS[_kind(name)]
+        + "{% elif part.type == 'video' %}"
+        + MARKS["qwen"].replace("image", "video")
         + "{% else %} {{ part.text }}{% endif %}"
     )
     listed = "{% for part in m.content %}" + part + "{% endfor %}"

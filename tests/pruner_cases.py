@@ -169,9 +169,10 @@ def assert_agreement(spec: str, arrays: dict, K: int) -> None:
 
 
 def reference_reduction(
-    pruner: Pruner, arrays: dict, K: int, has_cls: bool = True
+    pruner: Pruner, arrays: dict, K: int, has_cls: bool = True, frames: int = 1
 ) -> ref.Reduction:
-    return completed_reduction(pruner, reference_signals(arrays).replace(has_cls=has_cls), K)
+    tokens = reference_signals(arrays).replace(has_cls=has_cls, frames=frames)
+    return completed_reduction(pruner, tokens, K)
 
 
 def completed_reduction(pruner: Pruner, tokens: ref.Signals, K: int) -> ref.Reduction:

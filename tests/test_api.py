@@ -22,7 +22,7 @@ OPTIONS = (
     " temperature=0.0, top_p=1.0, seed=0, top_k=0, min_p=0.0, repetition_penalty=None,"
     " repetition_context_size=20, sampler=None, logits_processors=None, eos_tokens=None,"
     " num_draft_tokens=None, system=None, chat_template_config=None, max_pixels=None,"
-    " allow_url=False, host_options=None"
+    " allow_url=False, host_options=None, video=None, fps=2.0, max_frames=32"
 )
 BUDGET = "keep_ratio=None, keep_tokens=None, positions=None"
 SIGNATURES = {
@@ -32,12 +32,13 @@ SIGNATURES = {
     "GenerationResult": "(text, token_ids, prompt_tokens, generation_tokens, prompt_tps,"
     " generation_tps, peak_memory, finish_reason, visual_tokens, visual_tokens_kept, kept_indices,"
     " pruner, positions, ttft_ms, layers=<factory>, cache_bytes=0, trace=None, views=(),"
-    " drafted=None, accepted=None, rows_reused=0, images=<factory>, layouts=(), auto=None)",
+    " drafted=None, accepted=None, rows_reused=0, images=<factory>, layouts=(), auto=None,"
+    " video=None)",
     "Pruner": "(name, method, options=<factory>, weights=None, keep=None, defaults=<factory>,"
     " enhancer=None, reference=None)",
     "Reduction": "(index_BK=None, weight_BKN=None, value_BND=None, slot_BN=None, share_BN=None,"
     " place_BK=None, is_finite=None, score_BN=None)",
-    "Signals": "(x_BND, grid, has_cls=True, **others)",
+    "Signals": "(x_BND, grid, has_cls=True, frames=1, **others)",
     "attach": f"(model, pruner='auto', *, {BUDGET}, allow_videos=False, processor=None)",
     "batch_generate": "(model, processor, prompts, images=None, **options)",
     "encode_images": "(model, processor, images, pruner='none', *, keep_ratio=None,"

@@ -2,11 +2,12 @@
 
 A file of `tests/authors` per method: the repository and the commit that was run in float64, and for
 each input what it kept. `index`: the tokens kept, ascending. `sums`: of each slot in that order
-the mean of its features times 1 to D, where the method merges. `held`: of each layer of the
-language model how many tokens it reads. `small`: the grid of a smaller image. `bias`: what is
-added to the attention that each slot gets, `first` that in the first layer, `distance` for rows so
-far from one another. `sensitivity`: how a projector made of waves answers small changes of each
-token. Where the authors' code draws at random, it was given the draw that is made here.
+the mean of its features times 1 to D, where the method merges. `frames`: how many the clip has.
+`held`: of each layer of the language model how many tokens it reads. `small`: the grid of a smaller
+image. `bias`: what is added to the attention that each slot gets, `first` that in the first layer,
+`distance` for rows so far from one another. `sensitivity`: how a projector made of waves answers
+small changes of each token. Where the authors' code draws at random, it was given the draw that is
+made here.
 """
 
 import json
@@ -67,7 +68,8 @@ def has_cls(case: dict) -> bool:
 
 def check_mlx(case: dict) -> None:
     given = inputs(case)
-    kept = make_pruner(case["spec"])(signals(given).replace(has_cls=has_cls(case)), case["K"])
+    tokens = signals(given).replace(has_cls=has_cls(case), frames=case.get("frames", 1))
+    kept = make_pruner(case["spec"])(tokens, case["K"])
     tokens_BKD = np.array(kept.tokens(mx.array(given["x_BND"])))
     assert_as_authors(kept.index_BK, tokens_BKD, case)
 
@@ -82,7 +84,7 @@ def test_a_method_keeps_what_its_authors_code_keeps(name, case, dtype):
 @pytest.mark.parametrize("name, case", CASES)
 def test_the_twin_keeps_what_the_authors_code_keeps(name, case):
     given, pruner = inputs(case), make_pruner(case["spec"])
-    kept = reference_reduction(pruner, given, case["K"], has_cls(case))
+    kept = reference_reduction(pruner, given, case["K"], has_cls(case), case.get("frames", 1))
     tokens_BKD = kept.tokens(torch.from_numpy(given["x_BND"]))
     assert_as_authors(kept.index_BK, tokens_BKD.numpy(), case)
 

@@ -3,19 +3,19 @@
 import re
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from benchmarks.hosts_page import COLUMNS, page
-from mlx_vlm_prune import pruned
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.hosts.clips import check_clip
 from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import FAMILIES, host_of
 from mlx_vlm_prune.planning.host_operations import language_sizes
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, Stage, plan
 
 from .host_models import KINDS
+from .host_reference import MROPE
 from .test_pruned import BATCHED
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "hosts.md"
@@ -44,13 +44,13 @@ def test_a_tiny_model_of_every_family_does_as_the_page_says(kind):
     assert (language_sizes(host) is not None) is works["predicted costs"]
     assert (host.feature_dims is not None) is works["learned methods"]
     assert (kind in BATCHED) is works["batches of prompts"]
-    with pruned(host.model, "uniform", keep_ratio=0.5):
-        try:
-            host.model.get_input_embeddings(mx.array([[3]]), None, pixel_values_videos=mx.ones(1))
-            reads_videos = True
-        except UserError:
-            reads_videos = False
+    try:
+        check_clip(host, plan("evs"))
+        reads_videos = True
+    except UserError:
+        reads_videos = False
     assert reads_videos is works["video"]
+    assert reads_videos is (kind in MROPE)
 
 
 COLUMN = {

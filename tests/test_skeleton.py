@@ -158,10 +158,11 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
         for name in {n.split(".")[0] for n in imports(file)} - allowed
     }
     assert {name for name, _ in extras} == set(
-        "fastapi gradio lmms_eval matplotlib mlx_lm mlx_vlm pillow_heif pyarrow pydantic torch"
+        "cv2 fastapi gradio lmms_eval matplotlib mlx_lm mlx_vlm pillow_heif pyarrow pydantic torch"
         " uvicorn yaml".split()
     )
     places = {
+        "cv2": "mlx_vlm_prune/inputs/video.py",
         "fastapi": ("mlx_vlm_prune/serving/", "mlx_vlm_prune/webui/"),
         "gradio": "mlx_vlm_prune/webui/",
         "lmms_eval": (

@@ -15,7 +15,7 @@ LONGEST_VALUE = 120
 EXTRAS = {
     "matplotlib": "plot", "mlx_lm": "mlx-lm", "mlx_vlm": "mlx-vlm", "pillow_heif": "heic",
     "pyarrow": "parquet", "torch": "torch", "yaml": "train", "fastapi": "serve",
-    "pydantic": "serve", "uvicorn": "serve", "gradio": "app",
+    "pydantic": "serve", "uvicorn": "serve", "gradio": "app", "cv2": "mlx-vlm",
 }  # fmt: skip
 
 

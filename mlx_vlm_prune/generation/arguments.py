@@ -17,6 +17,7 @@ from ..models.loading import DTYPES
 from ..pruners.own_methods import method_spec
 from .json_options import MergeOptions, json_object
 from .request import HOST_OPTIONS
+from .video_arguments import add_video, video_options
 
 DESCRIPTION = """Answer a prompt about images with fewer visual tokens. Without a model, an image
 and a prompt the built-in model answers a sample question, with all visual tokens and with half."""
@@ -216,7 +217,8 @@ def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
         "chat_template_config", "max_pixels",
     )
     host_options = {name: getattr(args, name) for name in HOST_OPTIONS}
-    return {**{name: getattr(args, name) for name in names}, "host_options": host_options}
+    options = {name: getattr(args, name) for name in names} | video_options(args)
+    return {**options, "host_options": host_options}
 
 
 def typed_prompt() -> str:
@@ -236,6 +238,7 @@ def _add_config(add: Add) -> None:
 def _add_image_and_prompt(parser: Parser) -> None:
     add = parser.add_argument_group("image and prompt").add_argument
     _add_image(add, OF_RESIZED)
+    add_video(add)
     _add_prompt(add)
     _add_template_config(add)
 

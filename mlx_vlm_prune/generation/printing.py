@@ -12,6 +12,7 @@ FIELDS = (
     "text", "token_ids", "prompt_tokens", "generation_tokens", "visual_tokens",
     "visual_tokens_kept", "kept_indices", "layers", "cache_bytes", "pruner", "auto", "positions",
     "ttft_ms", "prompt_tps", "generation_tps", "drafted", "accepted", "finish_reason", "images",
+    "video",
 )  # fmt: skip
 
 
@@ -47,6 +48,9 @@ def print_figures(a: GenerationResult) -> None:
         print(f"Visual tokens: {a.visual_tokens} -> {a.visual_tokens_kept} ({pruned:.1%} pruned)")
         if len(a.layers) > 1:
             print(f"By layer: {_by_layer(a)}; {a.visual_tokens_kept} in the mean")
+    if a.video and a.video["kept_by_group"]:
+        counts = ", ".join(map(str, a.video["kept_by_group"]))
+        print(f"Kept of each group of frames: {counts}")
     print(f"Time to first token: {a.ttft_ms['total']:.1f} ms ({times_by_part(a.ttft_ms)})")
 
 

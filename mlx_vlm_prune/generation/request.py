@@ -19,6 +19,13 @@ from ..inputs.image_sources import (
     source_name,
 )
 from ..inputs.messages import Turn
+from ..inputs.video import (
+    DEFAULT_FPS,
+    DEFAULT_MAX_FRAMES,
+    VideoSource,
+    check_frame_options,
+    check_source,
+)
 from ..pruners import Pipeline, Pruner
 from ..pruners.contract import Policy
 
@@ -58,6 +65,9 @@ class GenerateOptions(TypedDict, total=False):
     max_pixels: int | None
     host_options: Mapping[str, Any] | None
     allow_url: bool
+    video: VideoSource | None
+    fps: float
+    max_frames: int
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,9 @@ class Request:
     max_pixels: int | None = None
     host_options: Mapping[str, Any] | None = None
     allow_url: bool = False
+    video: VideoSource | None = None
+    fps: float = DEFAULT_FPS
+    max_frames: int = DEFAULT_MAX_FRAMES
     caution: bool = True
     history: Sequence[Turn] = ()  # earlier turns, whose images come first
 
@@ -110,6 +123,7 @@ class Request:
             check_max_pixels(self.max_pixels)
         if self.host_options is not None:
             _check_host_options(self.host_options)
+        _check_video(self)
 
     @property
     def pixel_limit(self) -> int:
@@ -128,6 +142,18 @@ def make_request(prompt: str, image: Any, options: Mapping[str, Any]) -> Request
     limit = pixel_limit(options.get("max_pixels"), options.get("host_options"))
     images = list_images(image, options.get("allow_url", False), limit)
     return Request(prompt, images, **options)
+
+
+def _check_video(request: Request) -> None:
+    """Raises UserError for what is no clip, or for one beside pictures or in a conversation."""
+    check_frame_options(request.fps, request.max_frames)
+    if request.video is None:
+        return
+    check_source(request.video)
+    if request.images:
+        raise UserError("a prompt is about a video or about images; leave out one of them")
+    if request.history:
+        raise UserError("a video is for one question, not for a conversation")
 
 
 def _check_kinds(request: Request) -> None:

@@ -41,6 +41,9 @@ class GenerationResult:
     and `to_original`, the affine map [a, b, c, d, e, f] from the point (x, y) there to the file's
     pixel (a x + b y + c, d x + e y + f), None where processor_kwargs has what is not known.
     `auto` says why this method, where it was chosen; None where it was given.
+    `video` says of a clip at how many `seconds` each of its frames is seen, the `grid` of its
+    visual tokens (groups of frames, rows, columns), and how many tokens are `kept_by_group`, None
+    of pooled slots. Its groups stand below one another in `views`. None without a clip.
     """
 
     text: str
@@ -67,6 +70,7 @@ class GenerationResult:
     images: list[dict[str, Any]] = field(default_factory=list)
     layouts: Sequence[Layout | None] = ()
     auto: str | None = None
+    video: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         """In a line: the answer's beginning and what pruning did."""

@@ -122,6 +122,8 @@ def prefilled_result(
 def check_request(processor: Processor, request: Request) -> None:
     """Raises UserError for options that no model of ours, or not this one, can have."""
     refuse_host_options(request)
+    if request.video is not None:
+        raise UserError("this model reads no video; give some of its frames as images")
     check_sampling(request)
     answer_ends(processor, request)
 

@@ -20,7 +20,7 @@ from ..machine.clock import Timings
 from ..models.adapters import adapters
 from ..models.vlm import VLM
 from ..pruners import AUTO, Pipeline
-from ..pruners.auto import AutoChoice, ModelFacts, choose
+from ..pruners.auto import AutoChoice, ModelFacts, choose, choose_for_clip
 from .compatibility import check_cache_options, check_pipeline
 from .families import host_of
 from .families.llava import CLIP
@@ -59,6 +59,10 @@ def with_method(
     if not is_auto(model, request):
         return request, None
     check_budget(request.keep_ratio, request.keep_tokens)
+    if request.video is not None:
+        choice = choose_for_clip(request.keep_ratio, request.keep_tokens)
+        logger.info(choice.line)
+        return replace(request, **choice.options), Why(choice.line, 0.0)
     if not request.images:
         return replace(request, pruner="none", keep_ratio=None, keep_tokens=None), None
     prompt = request.prompt if request.caution else None

@@ -51,6 +51,10 @@ class Host(PicturedViews, ABC):
     why_no_decoder_methods: ClassVar[str] = "the language model's layers are not driven from here"
     why_no_batches: ClassVar[str | None] = None  # why prompts are read one at a time, if so
     why_not_counted: ClassVar[str | None] = None  # why operations are not counted, if so
+    why_no_clips: ClassVar[str | None] = (  # why it answers about no clip, if so
+        "videos were tried in Qwen's families alone; give frames as images"
+    )
+    parts_frames: ClassVar[bool] = False  # do words stand between a clip's frames?
     # Why no method's weights learn in it, if so; where they do, it says `feature_dims`.
     why_not_learned: ClassVar[str | None] = (
         "training was not tried in this family, which does not say how wide its features are"

@@ -20,6 +20,16 @@ class PreparedInputs:
     images: int = 0  # how many
     extra: Mapping[str, Any] = field(default_factory=dict)  # such as image_grid_thw
 
+    @property
+    def is_clip(self) -> bool:
+        """Are the pixels those of a clip?"""
+        return self.extra.get("video_grid_thw") is not None
+
+    @property
+    def grids_I3(self) -> Any:
+        """Frames (of a clip in groups, of a picture one), rows and columns of patches."""
+        return self.extra["video_grid_thw" if self.is_clip else "image_grid_thw"]
+
 
 @dataclass(frozen=True)
 class ProcessorOptions:

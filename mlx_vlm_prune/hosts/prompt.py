@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.errors import UserError, whole_reason
-from ..checkpoints.tokenizer_trial import is_panic, library_errors
 from ..inputs.budget import budget, low_detail_tokens
 from ..inputs.messages import Turn
 from ..machine.clock import end_part
@@ -35,6 +34,7 @@ from ..pruners.trace import ReductionStep, Trace
 from .host import Host
 from .prepared_inputs import PreparedInputs, ProcessorOptions
 from .prompt_arguments import KeptRows, bias_rows, image_arguments, kept_rows, row_arguments
+from .prompt_text import check_prompt, conversation_text, processed, question_text
 from .rotation import add_rotation
 from .tower_cuts import TowerCuts
 from .views import View
@@ -97,30 +97,14 @@ def prepare_prompt(
 
     A system message and earlier turns come before it, with their images. Raises UserError.
     """
-    for mark in host.image_marks:
-        if mark in prompt:
-            raise UserError(
-                f"leave {mark} out of the prompt: in mlx-vlm models the chat template says where"
-                " images go"
-            )
+    check_prompt(host, prompt)
     options = dict(chat_template_config or {})
-    with library_errors(f"the chat template of this {host.kind} model fails"):
-        if history or system is not None:
-            text = _render_turns(host, history, prompt, len(images), options, system)
-        else:
-            text = _render_question(host, prompt, len(images), options)
-    host.try_text(text)
-    try:
-        inputs = host.prepare(text, images, processor_options)
-    except UserError:
-        raise
-    except BaseException as problem:  # processors and tokenizers raise whatever comes
-        if not (is_panic(problem) or isinstance(problem, Exception)):
-            raise
-        part = "images" if images else "prompt"
-        raise UserError(f"mlx-vlm cannot prepare the {part}: {whole_reason(problem)}") from problem
-    host.check_ids(inputs)
-    return inputs
+    if history or system is not None:
+        text = conversation_text(host, history, prompt, len(images), options, system)
+    else:
+        text = question_text(host, prompt, len(images), options)
+    part = "images" if images else "prompt"
+    return processed(host, text, part, lambda: host.prepare(text, images, processor_options))
 
 
 def encode_images_and_text(
@@ -131,56 +115,6 @@ def encode_images_and_text(
     the tower already, else `budgets` are as for `encode_images`."""
     views = encode(inputs) if encode else encode_images(host, inputs, pipeline, budgets)
     return add_text(host, inputs, views, pipeline)
-
-
-def _render_question(host: Host, prompt: str, images: int, options: dict[str, Any]) -> str:
-    """The text of a question alone."""
-    from mlx_vlm.prompt_utils import apply_chat_template
-
-    config, images = host.template_config(images)
-    turns = apply_chat_template(
-        None, config, prompt, return_messages=True, num_images=images, **options
-    )
-    host.check_template(turns, options)
-    text: str = apply_chat_template(host.processor, config, prompt, num_images=images, **options)
-    return text
-
-
-def _render_turns(
-    host: Host,
-    history: Sequence[Turn],
-    prompt: str,
-    images: int,
-    options: dict[str, Any],
-    system: str | None,
-) -> str:
-    """The text of several turns behind a system message; each question has its images where mlx-vlm
-    puts those of a prompt alone. Raises UserError for a model that reads none of these."""
-    from mlx_vlm.prompt_utils import apply_chat_template, get_chat_template
-
-    def messages(turn: Any, count: int) -> list[Any]:
-        config, count = host.template_config(count)
-        parts: list[Any] = apply_chat_template(
-            None, config, turn, return_messages=True, num_images=count, **options
-        )
-        return parts
-
-    turns: list[Any] = []
-    if system is not None:
-        turns += messages([{"role": "system", "content": system}], 0)
-    for turn in history:
-        turns += messages(turn.question, turn.images)
-        turns += messages([{"role": "assistant", "content": turn.answer.strip()}], 0)
-    turns += messages(prompt, images - sum(turn.images for turn in history))
-    if not all(isinstance(message, dict) for message in turns):
-        if not history:
-            raise UserError(f"a {host.kind} model reads one question and no system message")
-        raise UserError(f"a {host.kind} model reads one question and no earlier turns; begin again")
-    host.check_template(turns, options)
-    text: str = get_chat_template(host.processor, turns, True, **options)
-    if system is not None and system.strip() not in text:
-        raise UserError(f"the chat template of this {host.kind} model drops the system message")
-    return text
 
 
 def signal_layers(host: Host, pipeline: Pipeline) -> dict[str, int | None]:

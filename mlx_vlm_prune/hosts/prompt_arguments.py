@@ -18,6 +18,8 @@ from .host import Host
 from .prepared_inputs import PreparedInputs
 from .views import View
 
+GRIDS = ("image_grid_thw", "video_grid_thw")  # of pictures and of clips, by mlx-vlm's names
+
 
 @dataclass(frozen=True)
 class KeptRows:
@@ -135,7 +137,7 @@ def row_arguments(
     prompt. `rope_deltas` is what mlx-vlm adds to the number of rows to get the next position. Where
     every row stays mlx-vlm computes both itself.
     """
-    ids_1L, grids_I3 = mx.array(inputs.ids)[None], inputs.extra.get("image_grid_thw")
+    ids_1L = mx.array(inputs.ids)[None]
     arguments: dict[str, Any] = {"input_ids": ids_1L, "mask": inputs.mask_1L}
     arguments |= {name: inputs.extra[name] for name in host.per_row_inputs if name in inputs.extra}
     is_full = len(rows) == len(inputs.ids)
@@ -148,14 +150,22 @@ def row_arguments(
         arguments["position_ids"] = mx.broadcast_to(positions_l, (3, 1, len(rows)))
         arguments["rope_deltas"] = mx.zeros((1, 1), mx.int32)
     elif host.has_mrope and is_full:
-        arguments["image_grid_thw"] = grids_I3
+        arguments |= {name: inputs.extra.get(name) for name in GRIDS}
     elif host.has_mrope:
-        positions_31L, delta_11 = host.language.get_rope_index(
-            ids_1L, grids_I3, None, inputs.mask_1L
-        )
+        positions_31L, delta_11 = mrope_index(host, inputs)
         arguments["position_ids"] = positions_31L[..., rows.rows_l]
         arguments["rope_deltas"] = delta_11 + (len(inputs.ids) - len(rows))
     return arguments
+
+
+def mrope_index(host: Host, inputs: PreparedInputs) -> tuple[mx.array, mx.array]:
+    """The positions (3, 1, L) of the whole prompt's rows, and what mlx-vlm adds to the number of
+    rows for the next position (1, 1), by mlx-vlm's own rule."""
+    grids = [inputs.extra.get(name) for name in GRIDS]
+    positions: tuple[mx.array, mx.array] = host.language.get_rope_index(
+        mx.array(inputs.ids)[None], *grids, inputs.mask_1L
+    )
+    return positions
 
 
 def image_arguments(

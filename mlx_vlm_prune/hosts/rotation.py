@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from .host import Host
 from .prepared_inputs import PreparedInputs
-from .prompt_arguments import row_numbers, rows_of_views
+from .prompt_arguments import mrope_index, row_numbers, rows_of_views
 from .views import View
 
 
@@ -36,7 +36,5 @@ def prompt_positions(host: Host, inputs: PreparedInputs) -> mx.array:
     """The positions of the whole prompt's rows, (1, L), or (1, L, 3) of a model with M-RoPE."""
     if not host.has_mrope:
         return mx.arange(len(inputs.ids))[None]
-    grids_I3 = inputs.extra.get("image_grid_thw")
-    ids_1L = mx.array(inputs.ids)[None]
-    positions_31L, _ = host.language.get_rope_index(ids_1L, grids_I3, None, inputs.mask_1L)
+    positions_31L, _ = mrope_index(host, inputs)
     return positions_31L.transpose(1, 2, 0)

@@ -29,8 +29,10 @@ from ..generation.steps import (
 from ..generation.stream import initial_result
 from ..inputs.ends import end_token_ids
 from ..inputs.image import MAX_PIXELS, open_image
+from ..inputs.video import Clip
 from ..machine.clock import TOGETHER, Clock, request_clock
 from ..pruners import Pipeline
+from .clips import check_clip, open_clip, prepare_clip, with_clip
 from .compatibility import check_cache_options, check_pipeline
 from .families import host_of
 from .families.pruner_defaults import plan_for_host
@@ -49,6 +51,7 @@ from .turns import RequestTurns
 from .views import View
 
 CACHE_OPTIONS = ("prefill_step_size", "kv_bits", "quantized_kv_start", "max_kv_size")
+Seen = Clip | Sequence[Image.Image]  # what a prompt is about
 FEWEST_ROWS = 5  # of a cache that holds the first four rows and the latest
 
 
@@ -108,7 +111,8 @@ def stream_generate(
     """Stream an answer; `encode` may know the images' views already. Raises UserError."""
     host = host_of(model, processor)
     pipeline, turns, views = plan_for_host(host, request.pruner), RequestTurns(host), list[View]()
-    in_one_go = pipeline.spec == "none" and bool(request.images)  # a wait in between costs time
+    is_seen = bool(request.images) or request.video is not None
+    in_one_go = pipeline.spec == "none" and is_seen  # a wait in between costs time
     clock = Clock(("image", "pruner", TOGETHER)) if in_one_go else request_clock()
     decoding, options = decoding_arguments(request), request.given_host_options
     policy = check_pipeline(host, pipeline, request.positions)
@@ -116,11 +120,11 @@ def stream_generate(
     with turns.turn():  # tokenizers are not for several threads either
         ends = further_ends(host, request)
     images, preparation = open_images(request), processor_options(options)
+    if request.video is not None:
+        check_clip(host, pipeline)
+    clip = open_clip(request, preparation)
     with turns.turn():
-        inputs = prepare_prompt(
-            host, request.prompt, images, request.chat_template_config, preparation,
-            request.history, request.system,
-        )  # fmt: skip
+        inputs = _prepared(host, request, clip or images, preparation)
         clock.end_part("image", inputs.pixels)
         mx.reset_peak_memory()
         with _naming_faulty_part(host, inputs, views), generation_stream(), clock.running():
@@ -131,7 +135,7 @@ def stream_generate(
             host.check_length(prompt.length)
             step_size = options.get("prefill_step_size")
             prompt = prefill_through_cuts(host, prompt, pipeline, budgets, policy, step_size)
-    initial = partial(_initial_result, host, prompt, pipeline, images, preparation)
+    initial = partial(_initial_result, host, prompt, pipeline, clip or images, preparation)
     with _naming_faulty_part(host, inputs, views):
         pieces = turns.each(_decode(host, prompt, initial, clock, decoding), ends)
         yield from explain_kv_bits_errors(pieces, options.get("kv_bits"))
@@ -151,13 +155,28 @@ def read_first_token(
     return piece.result
 
 
+def _prepared(
+    host: Host, request: Request, seen: Seen, preparation: ProcessorOptions
+) -> PreparedInputs:
+    """The prompt with its clip or its images."""
+    if isinstance(seen, Clip):
+        return prepare_clip(host, request, seen, preparation)
+    return prepare_prompt(
+        host, request.prompt, seen, request.chat_template_config, preparation,
+        request.history, request.system,
+    )  # fmt: skip
+
+
 def _initial_result(
-    host: Host, prompt: PrunedPrompt, pipeline: Pipeline, images: Sequence[Image.Image],
+    host: Host, prompt: PrunedPrompt, pipeline: Pipeline, seen: Seen,
     preparation: ProcessorOptions,
 ) -> GenerationResult:  # fmt: skip
     """The result before its first token; reads which tokens stayed."""
     depth, views = len(host.language.layers), prompt.views
     answer = initial_result(prompt.trace, depth, pipeline, prompt.positions)
+    if isinstance(seen, Clip):
+        return with_clip(host, answer, seen, views)
+    images = seen
     return replace(
         answer, views=host.drawn_views(views, images),
         layouts=host.layouts(views, [image.size for image in images]),

@@ -55,7 +55,7 @@ def images_key(inputs: PreparedInputs) -> bytes:
     digest = sha256()
     named = {**inputs.extra, "pixels": inputs.pixels, "images": inputs.images}
     for name in sorted(named):
-        if any(part in name for part in ("image", "pixel", "patch", "spatial")):
+        if any(part in name for part in ("image", "video", "pixel", "patch", "spatial")):
             _update(digest, name)
             _update(digest, named[name])
     return digest.digest()

@@ -25,6 +25,8 @@ def limits_of(args: argparse.Namespace) -> Budget | None:
     """The limits that the flags say, if any. Raises UserError for flags that go with none."""
     if args.ms is None and args.gb is None:
         return None
+    if getattr(args, "video", None):
+        raise UserError("a video's budget is a keep_ratio or keep_tokens, not of time or memory")
     if not args.image:
         raise UserError("a budget needs an --image; without one there is nothing to prune")
     if args.keep_ratio is not None or args.keep_tokens is not None:

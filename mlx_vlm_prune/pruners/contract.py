@@ -49,6 +49,7 @@ class Signals:
     x_BND: mx.array  # the tokens
     grid: tuple[int, int]  # (rows, columns) of the whole image
     has_cls: bool  # does a CLS token stand before them, between the tower's layers?
+    frames: int  # of a clip, whose frames stand below one another in the grid; 1 of an image
     # Of a layer of the tower.
     cls_attention_BN: mx.array  # from CLS
     received_attention_BN: mx.array  # from all queries, the mean
@@ -98,13 +99,13 @@ class Signals:
     rotary_sine_BN: mx.array
 
     def __init__(
-        self, x_BND: mx.array, grid: tuple[int, int], has_cls: bool = True,
+        self, x_BND: mx.array, grid: tuple[int, int], has_cls: bool = True, frames: int = 1,
         **others: mx.array | None,
     ) -> None:  # fmt: skip
         """`others` by the names above; None is a missing one."""
         present = {name: signal for name, signal in others.items() if signal is not None}
         assert set(present) <= SIGNALS, f"{sorted(set(present) - SIGNALS)} are no signals"
-        vars(self).update(present, x_BND=x_BND, grid=grid, has_cls=has_cls)
+        vars(self).update(present, x_BND=x_BND, grid=grid, has_cls=has_cls, frames=frames)
 
     if not TYPE_CHECKING:  # for a type checker, every signal declared above is an array
 

@@ -115,6 +115,7 @@ class Method:
     prune: Callable[..., Any] | None = None
     positions: Policy = "keep"  # the paper's
     proportional: bool = False  # does a merged token count as often as it has members?
+    reads_frames: bool = False  # does it know a clip's frames apart?
     cuts: Callable[..., Any] | None = None
     leaves: Callable[..., int] | None = None
     attends_to_all: Callable[..., range] = _no_layers

@@ -19,6 +19,7 @@ class Signals:
     x_BND: Tensor
     grid: tuple[int, int]
     has_cls: bool
+    frames: int
     cls_attention_BN: Tensor
     received_attention_BN: Tensor
     object_attention_BN: Tensor
@@ -62,11 +63,12 @@ class Signals:
     rotary_sine_BN: Tensor
 
     def __init__(
-        self, x_BND: Tensor, grid: tuple[int, int], has_cls: bool = True, **others: Tensor | None
-    ) -> None:
+        self, x_BND: Tensor, grid: tuple[int, int], has_cls: bool = True, frames: int = 1,
+        **others: Tensor | None,
+    ) -> None:  # fmt: skip
         assert others.keys() <= Signals.__annotations__.keys(), others.keys()
         self.__dict__ = {name: value for name, value in others.items() if value is not None}
-        self.x_BND, self.grid, self.has_cls = x_BND, grid, has_cls
+        self.x_BND, self.grid, self.has_cls, self.frames = x_BND, grid, has_cls, frames
 
     if not TYPE_CHECKING:
 

@@ -19,7 +19,7 @@ class Qwen2_5VLHost(Qwen2VLHost):
 
     def pack_patches(self, inputs: PreparedInputs) -> PackedPatches:
         packed, tower = super().pack_patches(inputs), self.tower
-        order_U, ends = tower.get_window_index(inputs.extra["image_grid_thw"])
+        order_U, ends = tower.get_window_index(inputs.grids_I3)
         windows = mx.array(np.unique(np.array(ends)), mx.int32)  # empty windows are listed, too
 
         def in_tower_order(x_Sa: mx.array) -> mx.array:

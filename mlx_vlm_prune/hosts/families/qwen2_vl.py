@@ -33,6 +33,7 @@ from .packed_patches import PackedPatches, heads
 class Qwen2VLHost(Host):
     has_mrope = True
     why_no_encoder_methods = None
+    why_no_clips = None
     why_no_probe = "patches are merged inside its tower, so there is no projector to ask"
     why_not_learned: ClassVar[str | None] = None
     language_layers_class: ClassVar[type[LanguageLayers] | None] = PositionIdLayers
@@ -58,13 +59,19 @@ class Qwen2VLHost(Host):
     def project(self, x_1KD: mx.array) -> mx.array:
         return x_1KD
 
+    def image_token_id(self, inputs: PreparedInputs) -> int:
+        if inputs.is_clip:
+            token: int = self.model.config.video_token_id
+            return token
+        return super().image_token_id(inputs)
+
     def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> mx.array:
         """The embeddings of all pictures in a row."""
         return mx.concatenate(list(x))
 
     def pack_patches(self, inputs: PreparedInputs) -> PackedPatches:
         """The patches of all images, as the tower's first layer reads them."""
-        tower, grid_I3 = self.tower, inputs.extra["image_grid_thw"]
+        tower, grid_I3 = self.tower, inputs.grids_I3
         x_SD = tower.patch_embed(inputs.pixels.astype(tower.patch_embed.proj.weight.dtype))
         angles_Sa = tower.rot_pos_emb(grid_I3).reshape(len(x_SD), -1)
         sizes = [h * w for t, h, w in grid_I3.tolist() for _ in range(t)]
@@ -86,10 +93,10 @@ class Qwen2VLHost(Host):
         back_U = mx.array(np.argsort(packed.order_U))
         x_UD, added = tower.merger(x_SD)[back_U], [y_UD[back_U] for y_UD in added]
         views, m, begin = [], tower.spatial_merge_size, 0
-        for i, (_, h, w) in enumerate(inputs.extra["image_grid_thw"].tolist()):
-            end = begin + h * w // m**2
-            signals = _image_signals(packed, attended, want, (h, w), m, range(begin, end))
-            signals = signals.replace(x_BND=x_UD[None, begin:end])
+        for i, (t, h, w) in enumerate(inputs.grids_I3.tolist()):
+            end = begin + t * h * w // m**2
+            signals = _image_signals(packed, attended, want, (t * h, w), m, range(begin, end))
+            signals = signals.replace(x_BND=x_UD[None, begin:end], frames=t)
             views.append(View(i, signals, deepstack=tuple(y_UD[None, begin:end] for y_UD in added)))
             begin = end
         return views

@@ -14,6 +14,7 @@ from .qwen2_vl import Qwen2VLHost
 
 
 class Qwen3VLHost(Qwen2VLHost):
+    parts_frames = True
     why_not_learned = (
         "training would read the rows without what DeepStack adds to them in the first layers"
     )
@@ -24,7 +25,7 @@ class Qwen3VLHost(Qwen2VLHost):
         return None
 
     def pack_patches(self, inputs: PreparedInputs) -> PackedPatches:
-        packed, grids_I3 = super().pack_patches(inputs), inputs.extra["image_grid_thw"]
+        packed, grids_I3 = super().pack_patches(inputs), inputs.grids_I3
         return replace(packed, x_SD=packed.x_SD + self.tower.fast_pos_embed_interpolate(grids_I3))
 
     @property

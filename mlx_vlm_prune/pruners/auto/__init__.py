@@ -7,6 +7,6 @@ this machine, caution.py which prompts are worth more tokens.
 
 from ..spec import AUTO
 from .caution import cautious
-from .choice import AutoChoice, ModelFacts, choose
+from .choice import AutoChoice, ModelFacts, choose, choose_for_clip
 
-__all__ = ["AUTO", "AutoChoice", "ModelFacts", "cautious", "choose"]
+__all__ = ["AUTO", "AutoChoice", "ModelFacts", "cautious", "choose", "choose_for_clip"]

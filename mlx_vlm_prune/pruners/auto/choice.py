@@ -21,7 +21,7 @@ from ..contract import Stage
 from .caution import Pictures, cautious
 from .evidence import Evidence, evidence_of
 from .measured import FirstToken, first_tokens
-from .reasons import PUBLISHED, Published
+from .reasons import CLIPS, PUBLISHED, Published
 
 WORTH, ALIKE = 0.01, 0.005  # a point below the best; half a point is no difference
 NONE = "none"
@@ -102,6 +102,20 @@ def choose(
         return AutoChoice(NONE, None, None, why)
     why = f"{why}; {more.note}" if more else why
     return AutoChoice(pruner, keep_ratio, keep_tokens, why)
+
+
+def choose_for_clip(keep_ratio: float | None, keep_tokens: int | None) -> AutoChoice:
+    """The method for a clip, by what is published, and what it keeps, by default half.
+
+    Raises UserError for a budget that cannot be.
+    """
+    check_budget(keep_ratio, keep_tokens)
+    if keep_ratio is None and keep_tokens is None:
+        keep_ratio = DEFAULT_KEEP_RATIO
+    if keep_ratio == 1:
+        return AutoChoice(NONE, None, None, "all visual tokens stay")
+    why = f"{CLIPS.why} ({CLIPS.source})"
+    return AutoChoice(CLIPS.pruner, keep_ratio, keep_tokens, why)
 
 
 def _share(keep_ratio: float | None, keep_tokens: int | None, N: int | None) -> float | None:

@@ -99,6 +99,15 @@ PUBLISHED = (
 )
 
 
+# Of a clip, whose frames repeat one another; nothing of it was evaluated here.
+CLIPS = Published(
+    "vidcom2",
+    "a clip's frames repeat one another: of LLaVA-OneVision VidCom2 keeps 99.6 % at a quarter of"
+    " the tokens; nothing was evaluated here",
+    "arXiv:2505.14454",
+)
+
+
 @dataclass(frozen=True)
 class Cautious:
     """What prompts ask for that loses most by pruning, the words that say so, and the source."""
