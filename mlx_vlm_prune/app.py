@@ -4,6 +4,7 @@ mlx-vlm-prune app --model my-model
 """
 
 import argparse
+import gc
 import inspect
 import os
 import shutil
@@ -15,18 +16,17 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .chat import Chat
 from .checkpoints.command_line import in_one_sentence
 from .checkpoints.errors import UserError, missing_package
 from .checkpoints.reading.paths import expand_home
-from .generate import SAMPLE_PROMPT, SAMPLE_SEED
 from .generation.arguments import build_app_parser
-from .hosts.loading import load
-from .scenes import compose
-from .serve import listen
-from .webui.model_thread import BUILT_IN, Models, ModelThread, OpenModel
+from .serving.listening import expect_sigterm, listen
+from .webui import BUILT_IN
+
+if TYPE_CHECKING:  # what takes long is imported once the command has said what it does
+    from .webui.model_thread import OpenModel
 
 __all__ = ["main"]
 
@@ -51,30 +51,38 @@ def run(args: argparse.Namespace) -> None:
     """Show the page until a signal comes. What was uploaded and drawn is removed then."""
     if find_spec("gradio") is None:
         raise missing_package("gradio")
-    with (
-        closing(ModelThread()) as thread,
-        listen(HOST, args.port) as listening,
-        temporary_folder() as folder,
-    ):
-        os.environ |= {**QUIET, "GRADIO_TEMP_DIR": folder}
-        read = partial(open_model, args)
-        opening = thread.start(read, first_name(args))  # while Gradio is imported
-        import uvicorn
-
-        with without_stubs():
-            from .webui.site import build_site
-
-        models = Models(thread, opening.result(), read)
-        del opening  # it would hold the first model for ever
-        app = build_site(models, thread, Path(folder), args.max_tokens)
-        settings = uvicorn.Config(
-            app, log_level="critical", server_header=False,
-            timeout_graceful_shutdown=SECONDS_TO_END,
-        )  # fmt: skip
-        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn ends, then sends it once more
+    with listen(HOST, args.port) as listening, temporary_folder() as folder:
         place = f"http://{HOST}:{listening.getsockname()[1]}"
-        print(f"{place} in a browser of this machine; Ctrl-C ends", file=sys.stderr, flush=True)
-        uvicorn.Server(settings).run([listening])
+        say(f"{place} opens in some seconds with {first_name(args)}")
+        os.environ |= {**QUIET, "GRADIO_TEMP_DIR": folder}
+        with without_collections():
+            from .webui.model_thread import Models, ModelThread
+
+            thread = ModelThread()
+            read = partial(open_model, args)
+            opening = thread.start(read, first_name(args))  # while Gradio is imported
+        with closing(thread):
+            with without_stubs(), without_collections():
+                import uvicorn
+
+                from .webui.site import build_site
+
+                models = Models(thread, opening.result(), read)
+                del opening  # it would hold the first model for ever
+                app = build_site(models, thread, Path(folder), args.max_tokens)
+            settings = uvicorn.Config(
+                app, log_level="critical", server_header=False,
+                timeout_graceful_shutdown=SECONDS_TO_END,
+            )  # fmt: skip
+            server = uvicorn.Server(settings)
+            expect_sigterm(server, partial(end_early, folder))
+            say(f"{place} in a browser of this machine; Ctrl-C ends")
+            server.run([listening])
+
+
+def say(sentence: str) -> None:
+    """A line on stderr."""
+    print(sentence, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -119,14 +127,26 @@ def without_stubs() -> Iterator[None]:
         inspect.getfile = getfile
 
 
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Inside the block imports take a fifth less: they make much, of which nothing can be freed."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def first_name(args: argparse.Namespace) -> str:
     """The name in the menu of the command line's model."""
     return args.model or BUILT_IN
 
 
-def open_model(args: argparse.Namespace, name: str) -> OpenModel:
+def open_model(args: argparse.Namespace, name: str) -> "OpenModel":
     """The command line's model, the built-in one, or that of a folder, all in the command line's
     dtype. Of another than the first nothing is fetched. Raises UserError."""
+    from .hosts.loading import load
+
     if name == first_name(args):
         options = {"revision": args.revision, "adapter_path": args.adapter_path}
         return warmed(name, *load(args.model, dtype=args.dtype, **options))
@@ -139,8 +159,13 @@ def open_model(args: argparse.Namespace, name: str) -> OpenModel:
     return warmed(name, *load(expand_home(name), dtype=args.dtype))
 
 
-def warmed(name: str, model: Any, processor: Any) -> OpenModel:
+def warmed(name: str, model: Any, processor: Any) -> "OpenModel":
     """A model that was asked once, so that a first answer takes no longer than others."""
+    from .chat import Chat
+    from .generate import SAMPLE_PROMPT, SAMPLE_SEED
+    from .scenes import compose
+    from .webui.model_thread import OpenModel
+
     opened = OpenModel(name, model, processor, partial(Chat, model, processor))
     with suppress(UserError):  # of a tokenizer that has not these words
         opened.new_chat(max_tokens=1).ask(SAMPLE_PROMPT, compose(SAMPLE_SEED).image())

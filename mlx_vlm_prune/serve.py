@@ -7,7 +7,6 @@ import argparse
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from .generation.arguments import build_serve_parser
 from .generation.stream import default_pruner
 from .hosts.loading import load
 from .inputs.image import MAX_PIXELS
+from .serving.listening import expect_sigterm, listen
 from .serving.settings import DEFAULT_METHOD, KEY_VARIABLE, LOOPBACK, ServerSettings
 
 __all__ = ["main"]
@@ -49,20 +49,10 @@ def run(args: argparse.Namespace) -> None:
         if args.host not in LOOPBACK and not settings.api_key:
             logger.warning(OPEN_HOST)
         server = build_uvicorn(build_server(model, processor, settings), settings)
-        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains, then sends it once more
+        expect_sigterm(server, lambda: os._exit(128 + signal.SIGTERM))
         url = url_of(args.host, listening)
         print(f"{settings.model_name}: {url}", file=sys.stderr, flush=True)
         server.run([listening])
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket for requests. Raises UserError where that address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=256)
-    except (OSError, OverflowError, TypeError, UnicodeError) as problem:
-        reason = getattr(problem, "strerror", None) or problem
-        raise UserError(f"host {host} and port {port} cannot be listened at: {reason}") from None
 
 
 def settings_of(args: argparse.Namespace, model: Any = None) -> ServerSettings:

@@ -14,33 +14,47 @@ AXE = Path(__file__).parent / "vendored" / "axe.min.js"
 ALLOWED = ("file:", "data:", "about:", "blob:", "http://127.0.0.1")
 
 
+class Browser:
+    """Chromium. Pages of one width and colour scheme share what was loaded: scripts are read and
+    compiled once for all of them."""
+
+    def __init__(self, chromium: Any):
+        self.chromium = chromium
+        self.contexts: dict[tuple[int, str], Any] = {}
+
+    def new_page(self, width: int, scheme: str) -> Any:
+        """An empty tab."""
+        if (width, scheme) not in self.contexts:
+            self.contexts[width, scheme] = self.chromium.new_context(
+                viewport={"width": width, "height": 900}, color_scheme=scheme
+            )
+        return self.contexts[width, scheme].new_page()
+
+
 @contextmanager
-def start_browser() -> Iterator[Any]:
+def start_browser() -> Iterator[Browser]:
     """A running browser; a test that has none is skipped with a sentence."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     program = find_chromium()
     if program is None:
         pytest.skip("there is no Chromium on this machine; apt-get install chromium brings it")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        chromium = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
         try:
-            yield browser
+            yield Browser(chromium)
         finally:
-            browser.close()
+            chromium.close()
 
 
 class Tab:
     """A tab with one page; `faults` are errors on the console and addresses that it asked for."""
 
     def __init__(
-        self, browser: Any, place: Path | str, width: int = 1280, scheme: str = "light",
+        self, browser: Browser, place: Path | str, width: int = 1280, scheme: str = "light",
         ready: str = "html[data-ready]",
     ):  # fmt: skip
         """`place` is a file or an address, `ready` selects what is there once it can be used."""
-        self.context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme
-        )
-        self.page = self.context.new_page()
+        self.page = browser.new_page(width, scheme)
         self.faults: list[str] = []
         self.page.on("console", self._on_console)
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
@@ -92,4 +106,4 @@ class Tab:
         ]
 
     def close(self) -> None:
-        self.context.close()
+        self.page.close()

@@ -1,15 +1,9 @@
 """Promises of `app`, driven by a real browser: answers, the slider, refusals, two tabs at once."""
 
-import os
 import re
-import shlex
 import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
-from time import monotonic, sleep
 
 import pytest
 from PIL import Image
@@ -20,39 +14,13 @@ from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import CHECKPOINT, compose
 
-from .browser import Tab, start_browser
+from .app_site import PATIENCE, Site, answers, open_folder, open_tab, wait_for_figures, write
+from .browser import start_browser
 from .entry_points import ROOT
 from .test_exploration import HOSTILE
 
 N, SEED = 196, 1_000_000_007
 QUESTION, OTHER = "What does the sign say?", "Is there a red star?"
-PATIENCE = 60  # seconds
-DOCS = (ROOT / "docs/app.md").read_text(encoding="utf-8")
-
-
-class Site:
-    """A running app, in a folder of its own, with a folder for temporary files."""
-
-    def __init__(self, desk: Path, temporary: Path, is_awaited: bool = True):
-        (command,) = re.findall(r"^(mlx-vlm-prune app .*)$", DOCS, re.M)
-        words = shlex.split(command.replace(" --model my-model", ""))[1:]
-        temporary.mkdir()
-        home = {"TMPDIR": str(temporary), "MLX_VLM_PRUNE_CACHE": str(desk.parent / "cache")}
-        seconds = {"MLX_VLM_PRUNE_CALIBRATION_SECONDS": "0.1"}
-        self.temporary, self.desk = temporary, desk
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlx_vlm_prune", *words, "--port", "0"], cwd=desk,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **home, **seconds},
-            stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self.process.stderr
-        self.address = self.process.stderr.readline().split()[0] if is_awaited else ""
-
-    def end(self, with_signal: int) -> tuple[int, str, str]:
-        """Exit code and what else was written."""
-        self.process.send_signal(with_signal)
-        out, err = self.process.communicate(timeout=PATIENCE)
-        return self.process.returncode, out, err
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +30,22 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def site(browser, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("app")
-    (folder / "desk").mkdir()
-    site = Site(folder / "desk", folder / "temporary")
-    yield site
-    site.process.kill()
-    site.process.communicate()
+def sites():
+    """All that were started; the last one runs, if any."""
+    started: list[Site] = []
+    yield started
+    for site in started:
+        site.process.kill()
+        site.process.communicate()
+
+
+@pytest.fixture
+def site(browser, sites, tmp_path_factory):
+    """One for all tests, or a new one where it was ended."""
+    if not sites or sites[-1].process.poll() is not None:
+        sites.append(Site(tmp_path_factory.mktemp("app")))
+        sites[-1].wait()
+    return sites[-1]
 
 
 @pytest.fixture(scope="module")
@@ -78,39 +55,12 @@ def scene(tmp_path_factory):
     return file
 
 
-def open_tab(browser, site, **options) -> Tab:
-    tab = Tab(browser, site.address, ready="#question textarea", **options)
-    tab.page.set_default_timeout(1000 * PATIENCE)
-    return tab
-
-
 @pytest.fixture
 def tab(browser, site):
     tab = open_tab(browser, site)
     yield tab
     tab.close()
     assert tab.faults == []
-
-
-def write(tab: Tab, text: str, *files: Path) -> None:
-    """A question with pictures, and Enter."""
-    if files:
-        tab.page.locator("#question input[type=file]").set_input_files([*files])
-        tab.page.locator("#question .thumbnail-item").nth(len(files) - 1).wait_for()
-    tab.page.locator("#question textarea").fill(text)
-    tab.page.locator("#question textarea").press("Enter")
-
-
-def wait_for_figures(tab: Tab, name: str, beginning: str) -> None:
-    tab.page.wait_for_function(
-        "([id, start]) => document.querySelector(id).value.startsWith(start)",
-        arg=[f"#{name}-figures textarea", beginning],
-    )
-
-
-def answers(tab: Tab, name: str) -> list[str]:
-    """What stands in a chat: questions and answers in turn."""
-    return tab.page.locator(f"#{name}-chat .message-content").all_inner_texts()
 
 
 @pytest.fixture(scope="module")
@@ -190,25 +140,16 @@ def test_nothing_that_was_typed_is_executed_or_loaded(tab, scene, tmp_path):
     assert tab.page.evaluate("window.pwned") is None
 
 
-def open_folder(tab: Tab, name: str) -> None:
-    """Type the folder of a model, and open it."""
-    tab.page.locator("#model button").first.click()
-    folder = tab.page.get_by_label("Folder of a model")
-    folder.fill(name)
-    folder.press("Enter")
-    tab.page.get_by_role("button", name="Open the model").click()
-
-
 def test_another_model_is_opened_by_its_folder_and_asked(tab, scene):
     write(tab, OTHER)
-    tab.page.wait_for_function("() => document.querySelector('#full-figures textarea').value")
+    wait_for_figures(tab, "full", "")
     open_folder(tab, f" {CHECKPOINT} ")
     label = f"Model: {CHECKPOINT}, 196 visual tokens an image"
     tab.page.locator("#model").get_by_text(label).wait_for()
     for name in ("full", "pruned"):
         tab.page.wait_for_function(
             "(name) => !document.querySelector(`#${name}-chat .message-content`)"
-            " && document.querySelector(`#${name}-figures textarea`).value === ''",
+            " && !document.querySelector(`#${name}-figures, #${name}-picture`)",
             arg=name,
         )
     tab.page.get_by_label("Method").click()
@@ -243,15 +184,46 @@ def test_an_example_fills_in_a_question(tab):
     wait_for_figures(tab, "full", "196 of 196")
 
 
-def test_on_a_phone_nothing_is_wider_than_the_screen(browser, site, scene):
-    tab = open_tab(browser, site, width=390)
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_axe_finds_no_serious_fault_and_nothing_is_wider_than_the_screen(
+    browser, site, scene, width, scheme
+):
+    """Before a question and behind an answer; on a phone the answers are below one another."""
+    tab = open_tab(browser, site, width=width, scheme=scheme)
+    assert tab.violations() == []
     write(tab, QUESTION, scene)
     wait_for_figures(tab, "full", "196 of 196")
-    assert tab.page.evaluate("document.documentElement.scrollWidth") <= 390
-    boxes = [tab.page.locator(f"#{name}-chat").bounding_box() for name in ("full", "pruned")]
-    assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]
+    assert tab.violations() == []
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
+    full, pruned = (tab.page.locator(f"#{name}-chat").bounding_box() for name in ("full", "pruned"))
+    assert (full["y"] + full["height"] <= pruned["y"]) == (width == 390)
     tab.close()
     assert tab.faults == []
+
+
+# What an answer could want to load, each by what the policy calls it.
+ADD = "document.head.append(Object.assign(document.createElement({!r}), {}))"
+LOADS = {
+    "img-src": "new Image().src = place",
+    "connect-src": "fetch(place).catch(() => {})",
+    "script-src-elem": ADD.format("script", "{ src: place }"),
+    "style-src-elem": ADD.format("link", "{ rel: 'stylesheet', href: place }"),
+    "frame-src": ADD.format("iframe", "{ src: place }").replace("head", "body"),
+}
+
+
+def test_the_policy_of_the_page_lets_nothing_be_loaded_from_elsewhere(tab):
+    for directive, code in LOADS.items():
+        blocked = tab.page.evaluate(
+            """([code, place]) => new Promise((done) => {
+              document.addEventListener("securitypolicyviolation",
+                (event) => done([event.effectiveDirective, event.blockedURI]), { once: true });
+              new Function("place", code)(place);
+            })""",
+            [code, f"http://elsewhere.invalid/{directive}"],
+        )
+        assert blocked[0] == directive and blocked[1].startswith("http://elsewhere.invalid")
+    tab.faults.clear()  # which the browser blocked
 
 
 def send(site: Site, path: str, headers: dict[str, str], content: bytes | None = None) -> int:
@@ -299,28 +271,26 @@ def test_a_page_of_another_site_can_send_nothing(site):
     assert [*site.temporary.rglob("stranger.txt")]
 
 
+def test_a_signal_while_the_model_is_read_leaves_no_file(sites, tmp_path):
+    site = Site(tmp_path)
+    sites.insert(0, site)  # to be killed with the others, if need be
+    assert site.opening == f"{site.address} opens in some seconds with scenes (built in)\n"
+    assert [*site.temporary.glob("mlx-vlm-prune-*")]
+    assert site.end(signal.SIGTERM) == (128 + signal.SIGTERM, "", "")
+    assert not [*site.temporary.glob("mlx-vlm-prune-*")]
+
+
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_ends_it_and_no_file_is_left(browser, scene, tmp_path, sign, code):
-    (tmp_path / "desk").mkdir()
-    site = Site(tmp_path / "desk", tmp_path / "temporary")
+def test_a_signal_ends_it_and_no_file_is_left(browser, site, scene, sign, code):
+    """The last test: it ends what the others asked."""
     tab = open_tab(browser, site)
     write(tab, QUESTION, scene)
     wait_for_figures(tab, "full", "196 of 196")
     assert [*site.temporary.iterdir()]
     ended, out, err = site.end(sign)
     assert (ended, out) == (code, ""), err
-    assert all(line.startswith("note: auto: ") for line in err.splitlines())  # no fault
+    assert all(line.startswith("note: auto: ") for line in err.splitlines()), err  # no fault
     left = {path.name for path in site.temporary.iterdir()}
     assert left <= {"mlx"}  # MLX's own, of what it compiled for this CPU
     assert not [*site.desk.iterdir()]
     tab.close()
-
-
-def test_a_signal_while_the_model_is_read_leaves_no_file(tmp_path):
-    (tmp_path / "desk").mkdir()
-    site = Site(tmp_path / "desk", tmp_path / "temporary", is_awaited=False)
-    end = monotonic() + PATIENCE
-    while not [*site.temporary.glob("mlx-vlm-prune-*")] and monotonic() < end:
-        sleep(0.01)
-    assert site.end(signal.SIGTERM) == (128 + signal.SIGTERM, "", "")
-    assert not [*site.temporary.glob("mlx-vlm-prune-*")]

@@ -18,13 +18,14 @@ from mlx_vlm_prune.generation.photographs import SCENES_ONLY
 from mlx_vlm_prune.models.towers.vit import VisionTower
 from mlx_vlm_prune.planning import host_budgets
 from mlx_vlm_prune.scenes import compose
+from mlx_vlm_prune.webui import BUILT_IN
 from mlx_vlm_prune.webui.conversations import (
     Conversation,
     TokenBudget,
     figures_line,
     overlay_of,
 )
-from mlx_vlm_prune.webui.model_thread import BUILT_IN, ModelThread
+from mlx_vlm_prune.webui.model_thread import ModelThread
 
 from . import calibrations
 

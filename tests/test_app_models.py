@@ -12,8 +12,8 @@ from mlx_vlm_prune.app import open_model
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generation.arguments import build_app_parser
 from mlx_vlm_prune.scenes import CHECKPOINT
-from mlx_vlm_prune.webui import model_thread
-from mlx_vlm_prune.webui.model_thread import BUILT_IN, Models, ModelThread, OpenModel
+from mlx_vlm_prune.webui import BUILT_IN, model_thread
+from mlx_vlm_prune.webui.model_thread import Models, ModelThread, OpenModel
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,8 @@ def test_every_model_has_the_dtype_of_the_command_line(thread):
 def test_the_first_model_is_opened_again_with_all_that_the_command_line_says(thread, monkeypatch):
     arguments = ["--model", "./mine", "--revision", "v1", "--adapter-path", "mine-adapters"]
     args, loaded = build_app_parser().parse_args(arguments), []
-    monkeypatch.setattr(app, "load", lambda *a, **options: loaded.append((a, options)) or (1, 2))
+    reading = lambda *a, **options: loaded.append((a, options)) or (1, 2)  # noqa: E731
+    monkeypatch.setattr("mlx_vlm_prune.hosts.loading.load", reading)
     monkeypatch.setattr(app, "warmed", lambda name, *model: OpenModel(name, *model, dict))
     monkeypatch.setattr(model_thread, "place_of", lambda name: name.removeprefix("./"))
     again = partial(open_model, args)

@@ -15,8 +15,9 @@ pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'mlx-
 from mlx_vlm_prune import app
 from mlx_vlm_prune.generation.arguments import build_app_parser
 from mlx_vlm_prune.scenes import CHECKPOINT
+from mlx_vlm_prune.webui import BUILT_IN
 from mlx_vlm_prune.webui.conversations import Conversation
-from mlx_vlm_prune.webui.model_thread import BUILT_IN, Models, ModelThread
+from mlx_vlm_prune.webui.model_thread import Models, ModelThread
 
 SHARE = "share of the tokens"
 BUDGET = ("divprune", SHARE, 50, None)

@@ -8,8 +8,9 @@ from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.app import open_model
 from mlx_vlm_prune.generation.arguments import build_app_parser
 from mlx_vlm_prune.scenes import compose
+from mlx_vlm_prune.webui import BUILT_IN
 from mlx_vlm_prune.webui.conversations import Conversation, TokenBudget, figures_line
-from mlx_vlm_prune.webui.model_thread import BUILT_IN, ModelThread
+from mlx_vlm_prune.webui.model_thread import ModelThread
 
 from .serving import question, serve, text_of
 

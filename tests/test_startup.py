@@ -1,12 +1,14 @@
-"""Promises of Ctrl-C before a command has begun: while its modules are imported, no traceback."""
+"""Promises of signals before a command has begun: Ctrl-C during imports leaves no traceback."""
 
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from mlx_vlm_prune.checkpoints import startup
+from mlx_vlm_prune.serving.listening import expect_sigterm
 
 from .entry_points import ROOT, start_python
 
@@ -81,3 +83,16 @@ def test_a_program_of_the_users_keeps_its_own_handler(monkeypatch):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_sigterm_before_a_server_waits_for_it_is_not_lost():
+    before, server, ended = signal.getsignal(signal.SIGTERM), SimpleNamespace(should_exit=False), []
+    expect_sigterm(server, lambda: ended.append("early"))
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == ["early"]
+        server.should_exit = True  # as uvicorn says once it has the signal
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == ["early"]
+    finally:
+        signal.signal(signal.SIGTERM, before)

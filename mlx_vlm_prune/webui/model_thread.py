@@ -20,7 +20,6 @@ from ..pruners.contract import Stage
 if TYPE_CHECKING:
     from ..chat import Chat
 
-BUILT_IN = "scenes (built in)"
 T = TypeVar("T")
 
 

@@ -14,10 +14,12 @@ import gradio as gr
 
 from ..checkpoints.command_line import on_a_line, sentence_of
 from ..checkpoints.errors import reason
+from ..generation.result import GenerationResult
 from ..pruners import AUTO, METHODS, PRESETS
 from ..scenes import HELD_OUT_SEEDS, question_set
+from . import BUILT_IN
 from .conversations import Conversation, TokenBudget, figures_line, overlay_of
-from .model_thread import BUILT_IN, Models, ModelThread, OpenModel
+from .model_thread import Models, ModelThread, OpenModel
 
 logger = logging.getLogger("mlx_vlm_prune")
 Updates = dict[Any, Any]  # new values of components
@@ -30,6 +32,8 @@ CSS = """
 .gradio-container { max-width: 76rem !important; margin: 0 auto !important; }
 #notice textarea { font-weight: 600; }
 #notice, .figures { overflow-wrap: anywhere; }
+#method input, #folder input { padding-right: 1.75rem; text-overflow: ellipsis; }
+#percent .min_value, #percent .max_value { color: var(--body-text-color); }
 footer { display: none !important; }
 """
 SHARE, MILLISECONDS = "share of the tokens", "milliseconds"
@@ -53,8 +57,8 @@ class Page:
             gr.Markdown(ABOUT)
             self._add_model(first)
             self._add_budget(first)
-            self._add_answers()
             self._add_question(folder)
+            self._add_answers()
             self._connect()
 
     def _add_model(self, first: OpenModel) -> None:
@@ -64,6 +68,7 @@ class Page:
             self.folder = gr.Dropdown(
                 [*names], value=first.name, allow_custom_value=True, label="Folder of a model",
                 info="one of these, or type where another lies; the conversation begins again",
+                elem_id="folder",
             )  # fmt: skip
             self.open = gr.Button("Open the model")
 
@@ -73,7 +78,7 @@ class Page:
                 self.pruner = gr.Dropdown(
                     menu(first), value=AUTO,
                     allow_custom_value=True, label="Method",
-                    info="or a chain, NAME:option=value+NAME",
+                    info="or a chain, NAME:option=value+NAME", elem_id="method",
                 )  # fmt: skip
                 self.about = gr.Markdown(explanation(AUTO))
             with gr.Column(scale=2, min_width=280):
@@ -89,6 +94,7 @@ class Page:
                 )  # fmt: skip
 
     def _add_answers(self) -> None:
+        """Figures and pictures are there once there is an answer."""
         self.chats, self.figures, self.pictures = {}, {}, {}
         with gr.Row():
             for name, title in NAMES.items():
@@ -98,18 +104,15 @@ class Page:
                         feedback_options=None, latex_delimiters=[], allow_tags=False,
                         elem_id=f"{name}-chat",
                     )  # fmt: skip
-                    self.figures[name] = gr.Textbox(
-                        label=f"{title}: figures", interactive=False, lines=2, max_lines=6,
-                        elem_id=f"{name}-figures", elem_classes=["figures"],
-                    )  # fmt: skip
                     self.pictures[name] = gr.Image(
-                        label=f"{title}: what the model saw" if name == "full" else "What was kept",
-                        format="png", height=300, interactive=False, buttons=["fullscreen"],
+                        label=f"{title}: picture", show_label=False, format="png", height=300,
+                        interactive=False, buttons=["fullscreen"], visible=False,
                         elem_id=f"{name}-picture",
                     )  # fmt: skip
-        self.notice = gr.Textbox(
-            label="Notice", visible=False, interactive=False, elem_id="notice", max_lines=6
-        )
+                    self.figures[name] = gr.Textbox(
+                        label=f"{title}: figures", interactive=False, lines=2, max_lines=16,
+                        visible=False, elem_id=f"{name}-figures", elem_classes=["figures"],
+                    )  # fmt: skip
 
     def _add_question(self, folder: Path) -> None:
         self.question = gr.MultimodalTextbox(
@@ -117,10 +120,17 @@ class Page:
             max_plain_text_length=100_000, elem_id="question",
             html_attributes=gr.InputHTMLAttributes(autocorrect="off", spellcheck=False),
         )  # fmt: skip
+        self.notice = gr.Textbox(
+            label="Notice", visible=False, interactive=False, elem_id="notice", max_lines=6
+        )
         with gr.Row():
-            self.stop = gr.Button("Stop", size="sm")
-            self.clear = gr.Button("Begin again", size="sm")
-        gr.Examples(examples(folder), self.question, label="Drawn scenes", cache_examples=False)
+            self.stop = gr.Button("Stop", size="sm", min_width=120)
+            self.clear = gr.Button("Begin again", size="sm", min_width=120)
+        questions = examples(folder)
+        gr.Examples(
+            questions, self.question, label="About drawn scenes", cache_examples=False,
+            example_labels=[question["text"] for (question,) in questions], elem_id="examples",
+        )  # fmt: skip
 
     def _connect(self) -> None:
         budget = [self.pruner, self.unit, self.percent, self.ms]
@@ -215,8 +225,10 @@ class Page:
         results = {"full": talk.full.result, "pruned": talk.pruned.result}
         return {
             **self._chats(talk),
-            **{self.figures[name]: figures_line(result) for name, result in results.items()},
-            **{self.pictures[name]: overlay_of(result) for name, result in results.items()},
+            **{
+                self.figures[name]: if_any(figures_line(result)) for name, result in results.items()
+            },
+            **{self.pictures[name]: picture_of(result) for name, result in results.items()},
         }
 
 
@@ -268,6 +280,20 @@ def fault_text(problem: Exception) -> str:
         sentence = f"this failed with {type(problem).__name__}: {reason(problem)}"
         logger.error(sentence)
     return sentence
+
+
+def if_any(value: Any, **properties: Any) -> Any:
+    """The new value of a component, which is there only with one."""
+    return gr.update(value=value or None, visible=bool(value), **properties)
+
+
+def picture_of(result: GenerationResult | None) -> Any:
+    """What an answer kept, as a picture that a screen reader can name."""
+    picture = overlay_of(result)
+    if result is None or picture is None:
+        return if_any(None)
+    kept = f"{result.visual_tokens_kept} of {result.visual_tokens} visual tokens"
+    return if_any(picture, alt_text=f"The picture, of which {kept} were kept")
 
 
 def notice(sentence: str) -> Any:

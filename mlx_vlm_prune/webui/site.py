@@ -68,10 +68,13 @@ class WithinPolicy:
             await Response(status_code=403)(scope, receive, send)
             return
 
+        headers = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
+
         async def send_with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":
                 policy = (b"content-security-policy", POLICY.encode())
                 message["headers"] = [*message.get("headers", []), policy]
             await send(message)
 
-        await self.app(scope, receive, send_with_policy)
+        # Gradio would compress all of its scripts for each tab, though they stay on this machine.
+        await self.app({**scope, "headers": headers}, receive, send_with_policy)
