@@ -12,6 +12,9 @@
 #
 # Needs python3 3.10 or newer; everything else goes into .venv, which all of them share.
 
+# Or each process would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -16,7 +16,7 @@ class Float32Muon(torch.optim.Muon):
     """Muon (arXiv:2502.16982) with steps as long as AdamW's. The state is torch.optim.Muon's."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One step; a closure is not supported."""
         for group in self.param_groups:
             for p in group["params"]:
