@@ -34,8 +34,9 @@ COMMAND = "python -m benchmarks.gallery --explore"
 def gallery(
     model: Any, processor: Any, question: str, images: Sequence[Image.Image], photographs: list[str]
 ) -> Exploration:
-    """Every method at every budget that it can keep, each picture asked about by itself."""
-    names = usable_methods(model)
+    """Every method for pictures at every budget that it can keep, each picture asked about by
+    itself."""
+    names = [name for name in usable_methods(model) if not METHODS[name].reads_frames]
     cases = [("none", model.N), *((n, K) for n in names if n != "none" for K in BUDGETS)]
     answers, refused = [], []
     for name, K in tqdm(cases, "answers", file=sys.stderr, leave=False):
