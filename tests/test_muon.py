@@ -38,9 +38,9 @@ def test_a_step_is_torchs_to_the_digits_of_bfloat16(shape):
 def test_singular_values_come_near_one_and_vectors_stay():
     torch.manual_seed(0)
     grad = torch.randn(12, 30)
-    made = orthogonal(grad, (3.4445, -4.775, 2.0315), 5, 1e-7)
+    result = orthogonal(grad, (3.4445, -4.775, 2.0315), 5, 1e-7)
     u, _, v = torch.linalg.svd(grad, full_matrices=False)
-    inner = u.T @ made @ v.T
+    inner = u.T @ result @ v.T
     values = inner.diagonal()
     assert (values > 0.6).all() and (values < 1.3).all()
     assert (inner - values.diag()).abs().max() < 1e-4
