@@ -91,7 +91,7 @@ PUBLISHED = (
     Published(
         "patch_norm:keep=0.75+divprune+restore",
         "a quarter of the tokens leaves before the tower, which is shorter then: of the built-in"
-        " questions 96.1 % are answered at a ninth of the tokens, by divprune+restore behind the"
+        " questions 96.1 % are answered at a ninth of the tokens, by divprune+restore after the"
         " tower 98.5",
         "benchmarks/results/scenes.json (there keep=147 of 196)",
         in_tower=True,
