@@ -83,19 +83,20 @@ def scenes_table(results: Path = RESULTS) -> str:
 
 
 def _evaluated(result: dict[str, Any]) -> str:
-    """When the table was measured, and which methods were added since."""
+    """When the table was measured, and which methods are not in it."""
     known = {part.split(":")[0] for row in result["rows"] for part in row["pruner"].split("+")}
-    missing = [f"`{name}`" for name in METHODS if name not in known]
+    missing: dict[str, list[str]] = {}
+    for name, method in METHODS.items():
+        if name not in known:
+            reason = "for clips" if method.reads_frames else ""
+            reason = reason or ("no weights for this model" if method.learned else "newer")
+            missing.setdefault(reason, []).append(f"`{name}`")
     sentence = (
         f"Measured on {days(result)}, {result['count']:,} questions, by"
         " `python -m mlx_vlm_prune.evaluate --all`."
     )
-    if not missing:
-        return sentence
-    return (
-        f"{sentence} Not in it, since newer: {', '.join(missing)}. [The log](log.md) has smaller"
-        " evaluations of most of them."
-    )
+    left_out = [f"{', '.join(names)} ({reason})" for reason, names in missing.items()]
+    return f"{sentence} Not in it: {'; '.join(left_out)}." if missing else sentence
 
 
 def kinds_table(results: Path = RESULTS) -> str:
