@@ -1,5 +1,6 @@
-"""Take the pictures in docs/ of the app, a page of `explore` and the gallery: in Chromium, 1280 and
-390 pixels wide.
+"""Take the pictures of the app, a page of `explore` and the gallery that docs/ shows.
+
+In Chromium, 1280 and 390 pixels wide:
 
 python -m benchmarks.screenshots --only app
 """
