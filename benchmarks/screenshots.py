@@ -109,13 +109,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--only",
         nargs="+",
         choices=PAGES,
-        default=list(PAGES),
-        help="whose (default: all)",
+        default=[],
+        help="only the pictures of these pages (default: all)",
     )
     with in_one_sentence():
         args = p.parse_args(argv)
         with chromium() as browser:
-            for name in args.only:
+            for name in args.only or PAGES:
                 PAGES[name](browser)
 
 
