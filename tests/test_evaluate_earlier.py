@@ -55,7 +55,7 @@ def test_a_result_of_other_questions_or_options_is_refused_before_a_question_is_
         ({"model_key": "0"}, "its model_key is '0', here '"),
         ({"seed": 1}, "its seed is 1, here 0"),
         ({"max_tokens": 9}, "its --max-tokens is 9, here 3"),
-        ({"count": 12}, "has 12 questions, and this run 11; --all asks all"),
+        ({"count": 12}, "has 12 questions, and this run 11; it must ask as many"),
     ]
     for more, sentence in cases:
         path = changed(earlier, tmp_path, **more)

@@ -221,5 +221,5 @@ def test_adapters_that_mlx_vlm_would_leave_out_are_refused(place, tmp_path):
     weights = mx.load(str(tmp_path / "a/adapters.safetensors"))
     weights.pop(sorted(weights)[0])
     mx.save_safetensors(str(tmp_path / "a/adapters.safetensors"), weights)
-    with pytest.raises(UserError, match="is None there"):
+    with pytest.raises(UserError, match="is None in the file"):
         load(place / "smolvlm", adapter_path=tmp_path / "a")

@@ -253,8 +253,8 @@ def test_a_stage_that_would_learn_nothing_or_more_is_refused(place, keys):
 
 MISFITS = {
     "rank": ({"lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0}}, "lora_a is"),
-    "fewer layers": ({"num_layers": 1}, "layers.0.*and none here"),
-    "dora": ({"fine_tune_type": "dora"}, "down_proj.m is none there"),
+    "fewer layers": ({"num_layers": 1}, "layers.0.*and none in the model"),
+    "dora": ({"fine_tune_type": "dora"}, "down_proj.m is none in the file"),
     "keys": ({"lora_parameters": {"rank": 8, "keys": ["attn.qkv"]}}, "names 'attn.qkv'"),
     "kind": ({"fine_tune_type": "full"}, "fine_tune_type is 'full'; it must be lora or dora"),
     "peft": ({"peft_type": "LORA"}, "is peft's"),

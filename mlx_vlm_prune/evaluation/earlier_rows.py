@@ -6,7 +6,7 @@ and where full answers as it did then. Both are checked.
 """
 
 import argparse
-import sys
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import read_json
 from .merging import method_key, read_evaluation
 
+logger = logging.getLogger("mlx_vlm_prune")
 SAME = ("model_key", "adapter_path", "format", "question_set", "seed", "max_tokens", "max_pixels",
     "num_draft_tokens")  # fmt: skip
 SAME_QUESTIONS = ("count", "kinds", "unit")
@@ -33,7 +34,7 @@ def check_comparable(args: argparse.Namespace, about: Mapping[str, Any], count: 
     _check_same(path, earlier, {**vars(args), **about}, SAME)
     if count < earlier["count"]:
         raise UserError(
-            f"{path} has {earlier['count']} questions, and this run {count}; --all asks all"
+            f"{path} has {earlier['count']} questions, and this run {count}; it must ask as many"
         )
 
 
@@ -49,7 +50,7 @@ def _check_same(
 
 def with_earlier_rows(result: dict[str, Any], path: Path | None) -> dict[str, Any]:
     """`result` with the rows of `path` that it lacks, and `earlier`, which says where those are
-    from. If full no longer answers as it did in `path`, a line on stderr says so, and `result`
+    from. If full no longer answers as it did in `path`, a warning says so, and `result`
     stays as it is."""
     if path is None:
         return result
@@ -60,7 +61,7 @@ def with_earlier_rows(result: dict[str, Any], path: Path | None) -> dict[str, An
         figures = sorted((full.keys() | full_then.keys()) - {*NOT_COMPARED})
         _check_same(path, full_then, full, figures)
     except UserError as e:
-        print(f"{e}; the result has the rows of this run alone", file=sys.stderr)
+        logger.warning("%s; the result has the rows of this run alone", e)
         return result
     measured = {method_key(row) for row in result["rows"]}
     taken = [row for row in earlier["rows"] if method_key(row) not in measured]

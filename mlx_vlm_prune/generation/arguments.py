@@ -323,8 +323,8 @@ def _add_decoding(parser: Parser) -> None:
 def _add_output(parser: Parser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--compare", action="store_true",
-        help="also answer with all visual tokens (and with --num-draft-tokens with drafts), and"
-        " time the answers in turns")
+        help="also answer with all visual tokens (with the same drafts, if there are any), and time"
+        " the answers in turns")
     add("--overlay", type=Path, metavar="FILE.png", help="draw the images with dropped tokens dark")
     add("--json", type=Path, metavar="FILE", help="write the answer and all figures")
     add("--verbose", action=argparse.BooleanOptionalAction, default=True,

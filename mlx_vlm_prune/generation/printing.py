@@ -12,7 +12,6 @@ FIELDS = (
     "text", "token_ids", "prompt_tokens", "generation_tokens", "visual_tokens",
     "visual_tokens_kept", "kept_indices", "layers", "cache_bytes", "pruner", "auto", "positions",
     "ttft_ms", "prompt_tps", "generation_tps", "drafted", "accepted", "finish_reason", "images",
-    "video",
 )  # fmt: skip
 
 
@@ -77,6 +76,7 @@ def as_json(a: GenerationResult) -> dict[str, Any]:
     """The record that --json writes: the answer and every figure, without arrays."""
     return {
         **{name: getattr(a, name) for name in FIELDS},
+        **({"video": a.video} if a.video else {}),
         "peak_memory_gb": a.peak_memory,
         "versions": versions(),
     }
