@@ -7,10 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .browser import Browser, Tab
+from .browser import PATIENCE, Browser, Tab
 from .entry_points import ROOT
 
-PATIENCE = 60  # seconds
 DOCS = (ROOT / "docs/app.md").read_text(encoding="utf-8")
 
 
@@ -48,9 +47,7 @@ class Site:
 
 
 def open_tab(browser: Browser, site: Site, **options) -> Tab:
-    tab = Tab(browser, site.address, ready="#question textarea", **options)
-    tab.page.set_default_timeout(1000 * PATIENCE)
-    return tab
+    return Tab(browser, site.address, ready="#question textarea", **options)
 
 
 def write(tab: Tab, text: str, *files: Path) -> None:

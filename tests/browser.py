@@ -46,6 +46,9 @@ def start_browser() -> Iterator[Browser]:
             chromium.close()
 
 
+PATIENCE = 90  # seconds: other tests have the processor, too
+
+
 class Tab:
     """A tab with one page; `faults` are errors on the console and addresses that it asked for."""
 
@@ -59,6 +62,7 @@ class Tab:
         self.page.on("console", self._on_console)
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("request", self._on_request)
+        self.page.set_default_timeout(1000 * PATIENCE)
         self.page.goto(place.as_uri() if isinstance(place, Path) else place)
         self.page.wait_for_selector(ready)
 
