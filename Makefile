@@ -48,10 +48,9 @@ INSTALLS_hosts := '.[mlx-lm,mlx-vlm]' transformers
 TESTS_alone := $(patsubst %,tests/test_%.py,answers chains generate golden_requests goldens image \
 	image_refusals model overlay presets prompt pruners_budgets pruners_twins signal_memory signals \
 	twig)
-TESTS_hosts := $(patsubst %,tests/test_%.py,hosts hosts_at_once hosts_chat hosts_decoding hosts_deep \
-	hosts_evaluate hosts_generate hosts_options hosts_recent hosts_sampling hosts_several_images \
-	hosts_tower hosts_video hub image llava llava_original mlx_lm picture_memory prune_into \
-	prune_into_stock prune_into_vendor pruned pruned_attach pruned_caches torch_ref_parts)
+TESTS_hosts := $(patsubst %,tests/test_%.py,hosts hosts_at_once hosts_evaluate hosts_generate \
+	hosts_recent hosts_several_images hosts_tower hosts_video hub image llava mlx_lm picture_memory \
+	prune_into_stock pruned pruned_attach torch_ref_parts)
 
 test-lowest: $(LOWEST)/alone/.ready $(LOWEST)/hosts/.ready
 	$(LOWEST)/alone/bin/python -m pytest $(WORKERS) $(TESTS_alone)
