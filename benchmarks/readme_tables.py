@@ -1,6 +1,6 @@
 """The pages' tables of speed, each with what the operation count predicts."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,13 @@ from .training_speed import HEADS, cells
 
 NOT_MEASURED = "Not measured yet."
 SHARES = ((0.5, "50 %"), (0.25, "25 %"), (0.11, "11 %"))
+
+
+def table_of(results: Path, name: str, rows: Callable[[dict[str, Any]], str]) -> str:
+    """What `rows` makes of a result, where it was measured."""
+    if not (results / f"{name}.json").exists():
+        return NOT_MEASURED
+    return rows(read(results, name))
 
 
 def days(evaluation: Mapping[str, Any]) -> str:
@@ -143,9 +150,7 @@ def hosts_table(results: Path) -> str:
 
 def efficientvlm_table(results: Path) -> str:
     """What `benchmarks.efficientvlm` measured, in Markdown."""
-    if not (results / "efficientvlm.json").exists():
-        return NOT_MEASURED
-    return efficientvlm_rows(read(results, "efficientvlm"))
+    return table_of(results, "efficientvlm", efficientvlm_rows)
 
 
 def efficientvlm_rows(result: dict[str, Any]) -> str:
@@ -171,7 +176,8 @@ def efficientvlm_rows(result: dict[str, Any]) -> str:
 
 def training_table(results: Path) -> str:
     """Training steps of ours beside others', in Markdown."""
-    if not (results / "training_speed.json").exists():
-        return NOT_MEASURED
-    rows = read(results, "training_speed")["rows"]
-    return markdown(HEADS, "lllrrrrl", [cells(row) for row in rows])
+    return table_of(
+        results,
+        "training_speed",
+        lambda result: markdown(HEADS, "lllrrrrl", [cells(row) for row in result["rows"]]),
+    )

@@ -5,7 +5,7 @@ from typing import Any
 
 from mlx_vlm_prune.machine.timing import times_text
 
-from .readme_tables import NOT_MEASURED, markdown, read
+from .readme_tables import markdown, table_of
 from .serving_speed import FULL, GENERATE, SERVE
 
 ENDS = {"same as alone": "answered as alone", "refused": "bad, refused", "left": "left"}
@@ -14,9 +14,7 @@ ENDS = {"same as alone": "answered as alone", "refused": "bad, refused", "left":
 def serving_table(results: Path) -> str:
     """One request beside `generate`, and several at once with all tokens and with a part of them,
     in Markdown."""
-    if not (results / "serving_speed.json").exists():
-        return NOT_MEASURED
-    return serving_rows(read(results, "serving_speed"))
+    return table_of(results, "serving_speed", serving_rows)
 
 
 def serving_rows(result: dict[str, Any]) -> str:
@@ -45,9 +43,7 @@ def serving_rows(result: dict[str, Any]) -> str:
 
 def load_table(results: Path) -> str:
     """How requests ended under load, and the server's memory, in Markdown."""
-    if not (results / "serving_load.json").exists():
-        return NOT_MEASURED
-    return load_rows(read(results, "serving_load"))
+    return table_of(results, "serving_load", load_rows)
 
 
 def load_rows(result: dict[str, Any]) -> str:
