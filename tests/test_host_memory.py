@@ -83,6 +83,7 @@ IN_FRESH_PROCESS = """
 import gc, sys
 import mlx_vlm_prune, mlx.core as mx
 
+mx.set_cache_limit(0)  # or an array may lie in a larger buffer, counted as held, that was freed
 for folder in sys.argv[1:]:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -104,7 +105,7 @@ def test_the_weights_that_are_counted_are_those_that_are_held(place):
     for folder, line in zip(folders, done.stdout.splitlines(), strict=True):
         held, peak = map(int, line.split())
         counted, stored = (weights_of(folder, dtype) for dtype in (mx.float16, mx.float32))
-        assert held == pytest.approx(counted, rel=0.05)  # and frequencies of rotation
+        assert held == pytest.approx(counted, rel=0.01)  # and frequencies of rotation
         assert peak < stored + counted / 2  # MLX may read all before it casts the first
 
 
