@@ -201,7 +201,7 @@ def kept_by_rounding_more(pruner: Pruner, tokens: Signals, K: int, monkeypatch) 
 
 ROUNDING = {
     "tome", "similarity", "vispruner", "dart", "pact", "sparsevlm", "holov", "two_scales",
-    "lookahead", "learn_prune", "ivc_prune",
+    "lookahead", "learn_prune", "ivc_prune", "flashvid",
 }  # fmt: skip
 GREEDY = {
     "divprune": distance_gains, "cdpruner": variance_gains, "scope": scope_gains,

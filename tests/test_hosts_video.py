@@ -17,7 +17,7 @@ from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.prefill import prefill_through_cuts
 from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 from mlx_vlm_prune.hosts.prompt import encode_images_and_text, prune_prompt
-from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.pruners import Reduction, plan
 
 from . import host_folders
 from .host_models import END, IMAGE, START, VIDEO, cached_models
@@ -42,7 +42,7 @@ FRAME = [START, *[VIDEO] * 6, END]
 # the words 7 and 11, before each group.
 IDS = [3, 9, 4, START, *[VIDEO] * 12, END, 5, 8]
 IDS_OF_QWEN3 = [3, 9, 4, 7, *FRAME, 11, *FRAME, 5, 8]
-SPECS = ("evs", "vidcom2", "divprune")
+SPECS = ("evs", "vidcom2", "divprune", "flashvid:segments=1,merge=-1")
 FAMILIES = [*QWEN, "qwen3_5"]
 WITH_TIMES = ("qwen3_vl", "qwen3_5")  # before each group of frames
 
@@ -92,19 +92,21 @@ def places(name: str) -> list[tuple[int, int, int]]:
     return [*[(i,) * 3 for i in range(4)], *groups, *[(i,) * 3 for i in (7, 8, 9)]]
 
 
-def expected_answer(models, name: str, inputs: PreparedInputs, index: list[int]):
-    """Without a cache: the stock tower's tokens that stay, each at its place in the whole clip."""
+def expected_answer(models, name: str, inputs: PreparedInputs, reduction: Reduction):
+    """Without a cache: the stock tower's tokens that stay, mixed where they merge, each at its
+    place in the whole clip."""
+    index, weight_KN = reduction.index_BK[0].tolist(), reduction.mixture(IDS.count(VIDEO))[0]
     model, deep = models(name), []
     out = model.vision_tower(inputs.pixels, inputs.extra["video_grid_thw"])
     x_UD, deep = out if isinstance(out, tuple) else (out, [])
-    rows, token = [], 0
+    x_KD, rows, token = weight_KN @ x_UD, [], 0
     for word, place in zip(inputs.ids, places(name), strict=True):
         if word != VIDEO:
             rows.append((embed(model, name, word)[0], place, False, word))
         elif token in index:
-            rows.append((x_UD[token], place, True, 0))
+            rows.append((x_KD[index.index(token)], place, True, 0))
         token += word == VIDEO
-    added = [y_UD[mx.array(index)] for y_UD in deep]
+    added = [weight_KN @ y_UD for y_UD in deep]
     tokens, odds = [], []
     for _ in range(TOKENS):
         x, at, visual, ids = ([*column] for column in zip(*rows, strict=True))
@@ -144,12 +146,13 @@ def test_kept_tokens_keep_their_places_in_time(models, name, monkeypatch):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_pruned_answer_is_that_of_the_short_sequence_without_a_cache(models, name):
     model, inputs = models(name), clip(name)
-    for spec, ratio, step in ((SPECS[0], 0.25, 3), (SPECS[1], 0.5, None), (SPECS[2], 0.4, 4)):
+    for spec, ratio, step in zip(SPECS, (0.25, 0.5, 0.4, 0.5), (3, None, 4, 3), strict=True):
         pruned = reduced(model, inputs, spec, ratio)
         tokens, odds = decoded(model, pruned.arguments, prefill_step_size=step)
-        ((index),) = indices(pruned)
-        expected, expected_odds = expected_answer(models, name, inputs, index)
-        assert len(index) == int(12 * ratio) and tokens == expected
+        (reduction,) = pruned.trace.steps[-1].reductions
+        assert reduction.slots == int(12 * ratio) and reduction.merges == ("flashvid" in spec)
+        expected, expected_odds = expected_answer(models, name, inputs, reduction)
+        assert tokens == expected
         np.testing.assert_allclose(odds, expected_odds, rtol=0, atol=1e-4)
 
 

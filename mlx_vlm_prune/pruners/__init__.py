@@ -29,7 +29,7 @@ NAMES = """
     norm similarity received_attention cls_attention visionzip vispruner prumerge prumerge_plus
     hiprune prunesid holov global_local divprune two_scales salience_coverage zoo_prune cdpruner
     scope mmtok apet fastv pyramiddrop sparsevlm dual_attention lookahead dart v2drop vtw pact
-    ivc_prune attention_pool score_prune mlp learn_prune twig evs vidcom2 restore ivc
+    ivc_prune attention_pool score_prune mlp learn_prune twig evs vidcom2 flashvid restore ivc
 """.split()
 METHODS = {name: Method.of(import_module(f".{name}", __name__)) for name in NAMES}
 # Chains with a name. DUET-VLM merges like VisionZip, then drops inside the decoder at half

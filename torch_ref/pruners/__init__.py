@@ -25,7 +25,8 @@ NAMES = {
     "features": "none random uniform avgpool norm similarity received_attention cls_attention"
     " visionzip vispruner prumerge prumerge_plus hiprune prunesid attention_pool"
     " score_prune mlp learn_prune salience_coverage scope apet",
-    "projected": "holov global_local divprune two_scales zoo_prune cdpruner mmtok evs vidcom2",
+    "projected": "holov global_local divprune two_scales zoo_prune cdpruner mmtok evs vidcom2"
+    " flashvid",
     "decoder": "fastv pyramiddrop sparsevlm dual_attention lookahead dart v2drop vtw pact ivc_prune"
     " twig illava_decoder",
     "enhancer": "restore ivc",
