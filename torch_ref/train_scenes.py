@@ -1,5 +1,6 @@
-"""Train a scenes model from nothing: `python -m torch_ref.train_scenes --out runs/scenes`.
+"""Train a model of drawn scenes: `python -m torch_ref.train_scenes --out runs/scenes`.
 
+`--size deep` is scenes-deep: the built-in model with twelve layers in place of four.
 `--size large` is scenes-large: 384 pixels, 576 visual tokens, twelve layers, scenes and pages.
 
 Stop it at any time: it continues from its last checkpoint. The weights end as
@@ -17,30 +18,39 @@ from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whol
 
 from .training.recipes import RECIPES
 
+FOLDERS = {"small": "scenes", "deep": "scenes-deep", "large": "scenes-large"}
+
 
 # fmt: off
 def build_parser() -> Parser:
     """The command line."""
     parser = Parser(
-        "torch_ref.train_scenes", description="Train a scenes model from random weights."
+        "torch_ref.train_scenes", description="Train a model of drawn scenes, from random weights"
+        " or, with --size deep, from the built-in model."
     )
-    add, small, large = parser.add_argument, RECIPES["small"], RECIPES["large"]
+    add = parser.add_argument
     add("--size", choices=list(RECIPES), default="small",
-        help="small: the built-in model; large: scenes-large, of scenes and printed pages")
+        help="small: the built-in model; deep: scenes-deep, the same with twelve layers; large:"
+        " scenes-large, of scenes and printed pages (default: small)")
     add("--out", type=Path, metavar="FOLDER", help="where weights and checkpoints go (default:"
-        " runs/scenes, large runs/scenes-large)")
+        " runs/scenes, deep runs/scenes-deep, large runs/scenes-large)")
     add("--minutes", type=_minutes, default=float("inf"), metavar="N", help="stop after N minutes")
     add("--steps", type=partial(whole_number, 1), metavar="N",
-        help=f"optimizer steps (default: {small.steps}, large {large.steps})")
+        help=f"optimizer steps (default: {_of_each('steps')})")
     add("--tower-steps", type=partial(whole_number, 0), metavar="N",
         help="how many of the steps train the vision tower alone (default:"
-        f" {small.tower_steps}, large {large.tower_steps})")
+        f" {_of_each('tower_steps')})")
     add("--batch", type=partial(whole_number, 1), metavar="N",
-        help=f"pictures of a step (default: {small.batch}, large {large.batch})")
+        help=f"pictures of a step (default: {_of_each('batch')})")
     add("--workers", type=partial(whole_number, 0), default=1, metavar="N",
         help="processes that draw scenes")
     return parser
 # fmt: on
+
+
+def _of_each(name: str) -> str:
+    """A number of every size's recipe."""
+    return ", ".join(f"{size} {getattr(recipe, name)}" for size, recipe in RECIPES.items())
 
 
 def _minutes(text: str) -> float:
@@ -62,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         numbers = {name: getattr(args, name) for name in ("steps", "tower_steps", "batch")}
         set_numbers = {name: number for name, number in numbers.items() if number is not None}
-        out = args.out or Path("runs/scenes-large" if args.size == "large" else "runs/scenes")
+        out = args.out or Path("runs", FOLDERS[args.size])
         train(out, replace(RECIPES[args.size], **set_numbers), args.minutes, args.workers)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class ScenesRecipe:
     """A model of the drawn worlds, from nothing."""
 
-    size: str = "small"  # of SIZES: the built-in scenes model, or scenes-large
+    size: str = "small"  # of SIZES: the built-in scenes model, scenes-deep or scenes-large
     tower_steps: int = 1500  # the first stage
     steps: int = 7000  # both stages
     decay: float = 0.25  # the last share of the steps, in which the rate falls to zero
@@ -19,11 +19,16 @@ class ScenesRecipe:
     weight_decay: float = 0.01
     dense_weight: float = 0.5  # of the patch loss in the second stage
     seed: int = 1
+    is_grown: bool = False  # from the built-in model, whose tower stays as it is
 
 
+# The deep one: the built-in model with twelve layers in place of four, for methods between layers.
 # The large one: 384 pixels, 576 tokens, twelve layers, scenes and printed pages by turns.
 RECIPES = {
     "small": ScenesRecipe(),
+    "deep": ScenesRecipe(
+        size="deep", tower_steps=0, steps=3000, muon_rate=1e-3, adam_rate=5e-4, is_grown=True
+    ),
     "large": ScenesRecipe(
         size="large", tower_steps=2500, steps=10_000, batch=64, question_tokens=320, warmup=200
     ),

@@ -35,13 +35,14 @@ from mlx_vlm_prune.checkpoints.reading.files import (
     write_safetensors,
 )
 from mlx_vlm_prune.checkpoints.reading.locks import locked
+from mlx_vlm_prune.scenes import CHECKPOINT as BUILT_IN
 
-from ..models.loading import best_device
+from ..models.loading import best_device, load_folder
 from ..models.vlm import VLM
 from .muon import Float32Muon
 from .recipes import ScenesRecipe
 from .scenes_data import MEAN, STD, Batch, ScenesBatches, judge_batches
-from .scenes_model import SIZES, Trainee
+from .scenes_model import SIZES, Trainee, grow
 
 
 def half_precision(device: torch.device) -> torch.autocast:
@@ -56,6 +57,8 @@ def optimisers(
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, p in trainee.named_parameters():
+        if not p.requires_grad:
+            continue
         (matrices if ".layers." in name and p.ndim == 2 else rest).append(p)
     return [
         (Float32Muon if device.type == "cpu" else torch.optim.Muon)(
@@ -200,7 +203,11 @@ def train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> None
 def _train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> None:
     torch.manual_seed(recipe.seed)
     device, last = best_device(), out / "last.pt"
-    run = Run(Trainee(recipe.dense_weight, SIZES[recipe.size]).to(device), recipe, device)
+    trainee = Trainee(recipe.dense_weight, SIZES[recipe.size])
+    if recipe.is_grown:
+        grow(trainee.vlm, load_folder(BUILT_IN, torch.device("cpu"))[0])
+        trainee.vlm.tower.requires_grad_(False)
+    run = Run(trainee.to(device), recipe, device)
     if last.exists():
         run.restore(last)
     is_compiled = device.type == "cuda"

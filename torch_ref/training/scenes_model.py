@@ -36,6 +36,13 @@ SIZES = {
                        num_attention_heads=4, num_key_value_heads=2),
         SMALL,
     ),
+    "deep": ModelSize(
+        CLIPConfig(hidden_size=192, intermediate_size=768, num_hidden_layers=4,
+                   num_attention_heads=6),
+        MiniMindConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=12,
+                       num_attention_heads=4, num_key_value_heads=2),
+        SMALL,
+    ),
     "large": ModelSize(
         CLIPConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=8,
                    num_attention_heads=8, image_size=LARGE.size),
@@ -98,6 +105,29 @@ def attend_to_neighbours(tower: VisionTower) -> None:
                 [torch.cat([cos, sin], 1), torch.cat([-sin, cos], 1)]
             )
             k[rows, : 2 * pairs] = 1.6 * torch.eye(d)
+
+
+@torch.no_grad()
+def grow(model: VLM, shallow: VLM) -> None:
+    """Give a model the weights of one with fewer layers in its language model, and all else equal.
+
+    Each of those layers becomes several, one after another, which each add a part of what it added:
+    so the deeper model begins near the other's answers, and no layer is idle.
+    """
+    state, begin = shallow.state_dict(), "model.layers."
+    depth, layers = model.config.text.num_hidden_layers, shallow.config.text.num_hidden_layers
+    if depth % layers:
+        raise ValueError(f"{layers} layers cannot become {depth}, which is no multiple of them")
+    grown = {}
+    for name in model.state_dict():
+        number, _, rest = name.removeprefix(begin).partition(".")
+        if not name.startswith(begin):
+            grown[name] = state[name]
+            continue
+        value = state[f"{begin}{int(number) * layers // depth}.{rest}"]
+        adds = rest.endswith(("o_proj.weight", "down_proj.weight"))
+        grown[name] = value * layers / depth if adds else value
+    model.load_state_dict(grown)
 
 
 class Trainee(nn.Module):

@@ -1,0 +1,75 @@
+"""A deeper model grows from the built-in one, begins near its answers, and converts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from convert.__main__ import main as convert
+from mlx_vlm_prune import generate
+from mlx_vlm_prune.hosts.loading import load
+from mlx_vlm_prune.scenes import CHECKPOINT
+from mlx_vlm_prune.scenes.vocabulary import write as write_words
+from torch_ref.models.loading import load_folder
+from torch_ref.training.recipes import RECIPES
+from torch_ref.training.scenes import judge, train
+from torch_ref.training.scenes_model import SIZES, Trainee, grow
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def built_in():
+    return load_folder(CHECKPOINT, CPU)[0]
+
+
+def grown(built_in, layers: int):
+    size = SIZES["deep"]
+    trainee = Trainee(0.5, replace(size, text=replace(size.text, num_hidden_layers=layers)))
+    grow(trainee.vlm, built_in)
+    return trainee
+
+
+def test_as_deep_as_the_built_in_model_it_is_that_model(built_in):
+    state = grown(built_in, 4).vlm.state_dict()
+    assert all(value.equal(state[name]) for name, value in built_in.state_dict().items())
+
+
+def test_what_the_parts_of_a_layer_add_is_what_the_layer_added(built_in):
+    deep, shallow = grown(built_in, 12).vlm.state_dict(), built_in.state_dict()
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        parts = [deep[f"model.layers.{layer}.{name}.weight"] for layer in (3, 4, 5)]
+        torch.testing.assert_close(sum(parts), shallow[f"model.layers.1.{name}.weight"])
+    for layer in (9, 10, 11):
+        query = deep[f"model.layers.{layer}.self_attn.q_proj.weight"]
+        assert query.equal(shallow["model.layers.3.self_attn.q_proj.weight"])
+
+
+def test_layers_that_do_not_divide_are_refused(built_in):
+    with pytest.raises(ValueError, match="4 layers cannot become 6"):
+        grown(built_in, 6)
+
+
+def test_it_begins_near_the_answers_that_it_grew_from(built_in):
+    right = judge(grown(built_in, 12), CPU, 5)
+    chance = judge(Trainee(0.5, SIZES["deep"]), CPU, 5)
+    assert sum(right.values()) > 2 * sum(chance.values()) + 1
+
+
+def test_training_moves_its_layers_and_leaves_the_tower(tmp_path, built_in, monkeypatch):
+    monkeypatch.setattr("torch_ref.training.scenes.best_device", lambda: CPU)
+    recipe = replace(RECIPES["deep"], steps=1, warmup=1, batch=2, question_tokens=40)
+    train(tmp_path, recipe, minutes=9, workers=0)
+    trained = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+    start = grown(built_in, 12).vlm.state_dict()
+    for name, value in start.items():
+        if name.startswith("vision_encoder."):
+            assert value.equal(trained[f"vlm.{name}"]), name
+        elif ".layers." in name and name.endswith("proj.weight"):
+            assert not value.equal(trained[f"vlm.{name}"]), name
+    write_words(tmp_path / "words")
+    convert(["to-mlx", str(tmp_path / "scenes.pth"), str(tmp_path / "mlx"), "--vision",
+             str(tmp_path / "clip"), "--tokenizer", str(tmp_path / "words")])  # fmt: skip
+    model, processor = load(tmp_path / "mlx")
+    answer = generate(model, processor, "How many hearts?", None, max_tokens=2)
+    assert len(model.language.layers) == 12 and answer.visual_tokens == 0
