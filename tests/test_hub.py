@@ -19,8 +19,10 @@ import torch
 
 from convert.__main__ import main
 from mlx_vlm_prune import load
+from mlx_vlm_prune.checkpoints import hub
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.hub import resolve_path
+from mlx_vlm_prune.scenes import CHECKPOINT
 
 from . import generations
 from .test_generations import converted
@@ -101,6 +103,15 @@ def test_what_the_hub_holds_is_distrusted_like_any_file(tmp_path, cache):
 def test_a_name_that_is_not_in_the_cache_is_refused_in_one_sentence(cache, name):
     with pytest.raises(UserError, match="the hub did not give it"):
         resolve_path(name)
+
+
+def test_a_larger_model_of_drawn_scenes_lies_in_a_clone(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "CLONE", tmp_path)
+    with pytest.raises(UserError, match="scenes-deep lies in a clone of the repository, at bench"):
+        load("scenes-deep")
+    shutil.copytree(CHECKPOINT, tmp_path / "benchmarks" / "models" / "scenes-deep")
+    model, processor = load("scenes-deep")
+    assert model.N == 196 and processor.is_scenes and processor.name == "scenes-deep"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ PATTERNS = [
     "vocab.txt",
 ]
 WEIGHTS = (".pth", ".bin", ".safetensors")
+DRAWN_MODELS = ("scenes-deep", "scenes-large")  # of drawn pictures; too large for a wheel
+CLONE = Path(__file__).parents[2]
 
 
 def resolve_path(path_or_name: str | Path, revision: str | None = None) -> Path:
@@ -33,6 +35,8 @@ def resolve_path(path_or_name: str | Path, revision: str | None = None) -> Path:
     if not name:
         raise UserError("the name of a model or file is empty; give a path, or a name on the hub")
     path = expand_home(name)
+    if name in DRAWN_MODELS and not path.exists():
+        return _find_in_clone(name)
     parts = name.split("/")
     is_file = path.suffix in WEIGHTS
     local = path.exists() or name.startswith((".", "/", "~")) or {"", ".."} & set(parts)
@@ -41,6 +45,13 @@ def resolve_path(path_or_name: str | Path, revision: str | None = None) -> Path:
             raise UserError(f"there is no {path}, and {name!r} is no hub name (owner/name) either")
         return path
     return _fetch("/".join(parts[:2]), "/".join(parts[2:]), revision)
+
+
+def _find_in_clone(name: str) -> Path:
+    place = Path("benchmarks", "models", name)
+    if not (CLONE / place).is_dir():
+        raise UserError(f"{name} lies in a clone of the repository, at {place}; there is none here")
+    return CLONE / place
 
 
 def _fetch(name: str, file: str, revision: str | None) -> Path:

@@ -9,6 +9,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import CLIPConfig, SiglipConfig, VLMConfig
 from ..checkpoints.errors import UserError
 from ..checkpoints.families import is_llava
+from ..checkpoints.hub import DRAWN_MODELS
 from ..checkpoints.llava.original import pads_to_square
 from ..checkpoints.processor import PREPROCESSOR_CONFIG
 from .preprocessor import Preprocessor, siglip_preprocessor
@@ -27,8 +28,8 @@ class Processor:
 
     @property
     def is_scenes(self) -> bool:
-        """Is this the built-in model, which knows drawn scenes only?"""
-        return self.name == "scenes"
+        """Is this the built-in model or a larger one of the same kind, which know drawings only?"""
+        return self.name in ("scenes", *DRAWN_MODELS)
 
 
 def read_processor(checkpoint: Checkpoint, config: VLMConfig, name: str, folder: Path) -> Processor:
