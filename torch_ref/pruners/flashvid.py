@@ -21,32 +21,35 @@ def prune(
     signals: Signals, K: int, alpha: float = 0.7, cut: float = 0.9, merge: float = 0.8,
     segments: int = 8, layer: float = -1,
 ) -> Reduction:  # fmt: skip
-    pairs = zip(signals.x_BND, signals.received_attention_BN, strict=True)
-    settings = (signals.frames, K, alpha, cut, merge, segments)
-    return weighted_reduction(signals, (_of_clip(x, a, *settings) for x, a in pairs))
+    T = signals.frames
+    budget = [K // T + (t < K % T) for t in range(T)]
+    counts = [math.ceil(alpha * k - 1e-9) for k in budget]
+    pairs = []
+    for x_ND, attention_N in zip(signals.x_BND, signals.received_attention_BN, strict=True):
+        x_TnD = x_ND.double().reshape(T, -1, x_ND.shape[-1])
+        parts = _segments(x_TnD, cut, segments)
+        pairs.append(_of_clip(x_TnD, attention_N.double(), budget, counts, parts, merge))
+    return weighted_reduction(signals, pairs)
 
 
 def _of_clip(
-    x_ND: Tensor, attention_N: Tensor, T: int, K: int, alpha: float, cut: float, merge: float,
-    segments: int,
+    x_TnD: Tensor, attention_N: Tensor, budget: list[int], counts: list[int], parts: list[range],
+    merge: float,
 ) -> tuple[list[int], Tensor]:  # fmt: skip
-    x_TnD = x_ND.double().reshape(T, -1, x_ND.shape[-1])
-    n = x_TnD.shape[1]
-    budget = [K // T + (t < K % T) for t in range(T)]
-    counts = [math.ceil(alpha * k - 1e-9) for k in budget]
-    attention_Tn = attention_N.double().reshape(T, n)
+    T, n, _ = x_TnD.shape
+    attention_Tn = attention_N.reshape(T, n)
     chosen = {
         t * n + i
         for t, count in enumerate(counts)
         for i in _attended_and_diverse(x_TnD[t], attention_Tn[t], count)
     }
     weight: dict[int, dict[int, float]] = {i: {i: 1.0} for i in chosen}
-    for frames in _segments(x_TnD, cut, segments):
+    for frames in parts:
         quota = sum(budget[t] - counts[t] for t in frames)
         root = _trees(x_TnD, frames, chosen, merge, quota)
         weight |= _clusters(x_TnD.flatten(0, 1), frames, n, root, quota)
     index = sorted(weight)
-    weight_KN = torch.zeros(K, T * n, dtype=torch.float64)
+    weight_KN = torch.zeros(sum(budget), T * n, dtype=torch.float64)
     for slot, centre in enumerate(index):
         for token, share in weight[centre].items():
             weight_KN[slot, token] = share
