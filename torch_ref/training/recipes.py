@@ -27,7 +27,14 @@ class ScenesRecipe:
 RECIPES = {
     "small": ScenesRecipe(),
     "deep": ScenesRecipe(
-        size="deep", tower_steps=0, steps=3000, muon_rate=1e-3, adam_rate=5e-4, is_grown=True
+        size="deep",
+        tower_steps=0,
+        steps=400,
+        warmup=20,
+        batch=16,
+        muon_rate=5e-4,
+        adam_rate=2e-4,
+        is_grown=True,
     ),
     "large": ScenesRecipe(
         size="large", tower_steps=2500, steps=10_000, batch=64, question_tokens=320, warmup=200
