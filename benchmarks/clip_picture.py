@@ -34,12 +34,13 @@ def frames() -> list[Image.Image]:
 
 def tiles(model: Any, processor: Any, name: str) -> list[Image.Image]:
     """The frames with the tokens that a method keeps of each."""
-    pictures, whole = frames(), plan("none")
+    pictures, whole = frames(), plan(name)
     pixels = mx.stack([mx.array(processor.image(picture)) for picture in pictures])
     batch = model.encode(pixels, whole, whole.budgets(model.N, model.N))
-    signals = model.project(batch, whole).signals
+    signals = model.project(batch, plan("none")).signals
     rows, columns = model.grid
-    clip = signals.replace(
+    of_clip = signals.per_token(lambda row_TN, _: row_TN.reshape(1, -1))  # attention
+    clip = of_clip.replace(
         x_BND=signals.x_BND.reshape(1, FRAMES * model.N, -1),
         grid=(FRAMES * rows, columns), frames=FRAMES,
     )  # fmt: skip
