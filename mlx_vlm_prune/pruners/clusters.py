@@ -12,6 +12,7 @@ import numpy as np
 
 from .contract import take
 from .numerics import exp, keep_highest, rounded, to_choice_dtype
+from .rows import Rows
 
 BLOCK = 2**24  # differences of coordinates that are held at once
 TILE = 64  # points whose differences to another are computed together, on a CPU
@@ -48,6 +49,43 @@ def distances(x_BnD: mx.array) -> mx.array:
         square_Bnn = squares_in_blocks(x_BnD)
     square_Bnn = mx.maximum(square_Bnn, square_Bnn.swapaxes(1, 2))
     return rounded(mx.sqrt(square_Bnn / x_BnD.shape[-1]), 9)
+
+
+def distance_rows(x_BnD: mx.array) -> Rows:
+    """The rows of `distances(x_BnD)`, as they are needed."""
+    x_BnD = to_choice_dtype(x_BnD)
+
+    def rows_of(part_BmD: mx.array) -> mx.array:
+        if x_BnD.dtype == mx.float64:
+            pairs = zip(np.array(part_BmD), np.array(x_BnD), strict=True)
+            square_Bmn = mx.array(np.stack([rows_in_tiles(*pair) for pair in pairs]), mx.float64)
+        else:
+            square_Bmn = rows_in_blocks(part_BmD, x_BnD)
+        return rounded(mx.sqrt(square_Bmn / x_BnD.shape[-1]), 9)
+
+    return Rows(rows_of, x_BnD)
+
+
+def rows_in_blocks(part_BmD: mx.array, x_BnD: mx.array) -> mx.array:
+    """Squared distances of m points to all, (B, m, n), as one graph."""
+    B, n, D = x_BnD.shape
+    rows, parts = max(1, BLOCK // (B * n * D)), []
+    one_D1 = mx.ones((D, 1), dtype=x_BnD.dtype)
+    for begin in range(0, part_BmD.shape[1], rows):
+        apart_BrnD = part_BmD[:, begin : begin + rows, None] - x_BnD[:, None]
+        parts.append((mx.square(apart_BrnD) @ one_D1)[..., 0])  # faster than a sum
+    return mx.concatenate(parts, axis=1)
+
+
+def rows_in_tiles(part_mD: np.ndarray, x_nD: np.ndarray) -> np.ndarray:
+    """The same of one image, (m, n), from points so few at a time that a cache holds them."""
+    square_mn, apart_tD = np.empty((len(part_mD), len(x_nD))), np.empty_like(x_nD[:TILE])
+    for begin in range(0, len(x_nD), TILE):
+        x_tD = x_nD[begin : begin + TILE]
+        for i, point in enumerate(part_mD):
+            apart = np.subtract(x_tD, point, out=apart_tD[: len(x_tD)])
+            np.einsum("td,td->t", apart, apart, out=square_mn[i, begin : begin + TILE])
+    return square_mn
 
 
 def squares_in_blocks(x_BnD: mx.array) -> mx.array:

@@ -28,12 +28,13 @@ import math
 
 import mlx.core as mx
 
-from .clusters import distances
+from .clusters import distance_rows
 from .contract import Reduction, Signals, Stage, segment_sum, take
 from .divprune import KEPT, gaps_after
 from .numerics import (
     after_step,
     choosing,
+    compute_on_cpu,
     constant,
     exp,
     keep_marked,
@@ -42,13 +43,12 @@ from .numerics import (
     to_choice_dtype,
     unit,
 )
-from .rows import cosine_rows, nearest_similarity
+from .rows import NOBODY, Rows, cosine_rows, nearest, nearest_similarity
 
 stage = Stage.PROJECTED
 needs: dict[str, str | None] = {"received_attention": "layer", "grid": None}
 reads_frames = True
 NEIGHBOURS = 7  # that a density is of
-NOBODY = -2.0  # below every cosine
 
 
 def prune(
@@ -124,13 +124,13 @@ def trees(
     tokens are roots, (B, T, n). Of a segment at least as many are left as it has clusters."""
     B, T, n, _ = x_BTnD.shape
     token_BTn = mx.broadcast_to(mx.arange(T * n).reshape(T, n), (B, T, n))
-    best, parent = [mx.full((B, n), NOBODY, dtype=x_BTnD.dtype)], [token_BTn[:, 0]]
+    best, parent = [mx.full((B, n), NOBODY, dtype=x_BTnD.dtype)], []
     unit_BTnD = unit(x_BTnD)
     for t in range(1, T):
-        similar_Bnn = rounded_cosine(unit_BTnD[:, t] @ unit_BTnD[:, t - 1].swapaxes(1, 2))
-        similar_Bnn = mx.where(is_chosen_BTn[:, t - 1, None], NOBODY, similar_Bnn)
-        best.append(similar_Bnn.max(axis=-1))
-        parent.append(mx.argmax(similar_Bnn, axis=-1) + (t - 1) * n)
+        free_Bn = ~is_chosen_BTn[:, t - 1]
+        best_Bn, parent_Bn = nearest(unit_BTnD[:, t], unit_BTnD[:, t - 1], free_Bn)
+        best.append(best_Bn)
+        parent.append(parent_Bn.astype(mx.int32))
     begins_BT1 = (first_BT == mx.arange(T))[..., None]
     best_BTn = mx.where(is_chosen_BTn | begins_BT1, NOBODY, mx.stack(best, axis=1))
     free_BT = (~is_chosen_BTn).sum(axis=-1)
@@ -138,7 +138,7 @@ def trees(
     joins_BTn = (best_BTn > merge) & (rank_in_segment(best_BTn, first_BT) < room_BT[..., None])
     roots = [token_BTn[:, 0]]
     for t in range(1, T):
-        above_Bn = take(roots[-1], parent[t].astype(mx.int32) - (t - 1) * n)
+        above_Bn = take(roots[-1], parent[t - 1])
         roots.append(mx.where(joins_BTn[:, t], above_Bn, token_BTn[:, t]))
     return mx.concatenate(roots, axis=1), ~joins_BTn & ~is_chosen_BTn
 
@@ -176,28 +176,45 @@ def peaks(
     frame has none; and which tokens are centres, (B, N)."""
     B, T, n = is_root_BTn.shape
     is_root_Fn, count_F1 = is_root_BTn.reshape(B * T, n), count_BT.reshape(B * T, 1)
-    distance_Fnn = distances(root_BND.reshape(B * T, n, -1))
-    is_pair_Fnn = is_root_Fn[:, None] & is_root_Fn[..., None]
-    far_Fnn = mx.where(is_pair_Fnn, distance_Fnn, mx.inf)
-    k = min(NEIGHBOURS, n)
-    is_near_F1k = mx.arange(k) < mx.minimum(count_F1, k)[..., None]
-    near_Fnk = mx.where(is_near_F1k, mx.sort(far_Fnn, axis=-1)[..., :k], 0)
-    mean_Fn = mx.square(near_Fnk).sum(axis=-1) / mx.maximum(is_near_F1k.sum(axis=-1), 1)
-    density_Fn = mx.where(is_root_Fn, rounded(exp(-mx.where(is_root_Fn, mean_Fn, 0))), -1)
-    rank_Fn = mx.argsort(mx.argsort(-density_Fn, axis=-1), axis=-1)
-    is_denser_Fnn = rank_Fn[:, None] < rank_Fn[..., None]
-    reach_Fn = mx.where(is_denser_Fnn, far_Fnn, mx.inf).min(axis=-1)
-    farthest_F1 = mx.where(is_pair_Fnn, distance_Fnn, 0).max(axis=(1, 2))[:, None]
-    score_Fn = rounded(density_Fn * mx.where(rank_Fn == 0, farthest_F1, reach_Fn))
-    score_Fn = mx.where(is_root_Fn, score_Fn, -1)
-    is_centre_Fn = mx.argsort(mx.argsort(-score_Fn, axis=-1), axis=-1) < count_F1
-    home_Fn = mx.argmin(mx.where(is_centre_Fn[:, None], far_Fnn, mx.inf), axis=-1).astype(mx.int32)
-    home_Fn = mx.where(is_centre_Fn, mx.arange(n), home_Fn)
+    distance = distance_rows(root_BND.reshape(B * T, n, -1))
+    centre_Fn = centres(distance, is_root_Fn, count_F1)
+    home = []
+    for block_Fmn in distance.blocks():
+        home.append(mx.argmin(mx.where(centre_Fn[:, None], block_Fmn, mx.inf), axis=-1))
+        compute_on_cpu(home[-1])
+    home_Fn = mx.where(centre_Fn, mx.arange(n), mx.concatenate(home, axis=1).astype(mx.int32))
     home_Fn = mx.where(is_root_Fn & (count_F1 > 0), home_Fn, -1)
     begin_T1 = mx.arange(T)[:, None] * n
     home_BTn = home_Fn.reshape(B, T, n)
     home_BTn = mx.where(home_BTn < 0, -1, home_BTn + begin_T1)
-    return home_BTn.reshape(B, -1), is_centre_Fn.reshape(B, -1)
+    return home_BTn.reshape(B, -1), centre_Fn.reshape(B, -1)
+
+
+def centres(distance: Rows, is_root_Fn: mx.array, count_F1: mx.array) -> mx.array:
+    """Which roots are centres, (F, n): those with the highest density, of the nearest roots, times
+    distance to a denser one."""
+    k = min(NEIGHBOURS, is_root_Fn.shape[1])
+    k_F1 = mx.minimum(count_F1, k)
+    near, farthest = [], []
+    for block_Fmn in distance.blocks():
+        near_Fmk = mx.sort(mx.where(is_root_Fn[:, None], block_Fmn, mx.inf), axis=-1)[..., :k]
+        near_Fmk = mx.where(mx.arange(k) < k_F1[..., None], near_Fmk, 0)
+        near.append(mx.square(near_Fmk).sum(axis=-1) / mx.maximum(k_F1, 1))
+        farthest.append(mx.where(is_root_Fn[:, None], block_Fmn, 0).max(axis=-1))
+        compute_on_cpu(near[-1], farthest[-1])
+    mean_Fn = mx.where(is_root_Fn, mx.concatenate(near, axis=1), 0)
+    farthest_Fn = mx.where(is_root_Fn, mx.concatenate(farthest, axis=1), 0)
+    density_Fn = mx.where(is_root_Fn, rounded(exp(-mean_Fn)), -1)
+    rank_Fn, reach = mx.argsort(mx.argsort(-density_Fn, axis=-1), axis=-1), []
+    for some, block_Fmn in distance.numbered_blocks():
+        is_denser_Fmn = rank_Fn[:, None] < rank_Fn[:, some, None]
+        reach.append(mx.where(is_denser_Fmn, block_Fmn, mx.inf).min(axis=-1))
+        compute_on_cpu(reach[-1])
+    reach_Fn = mx.where(
+        rank_Fn == 0, farthest_Fn.max(axis=-1, keepdims=True), mx.concatenate(reach, axis=1)
+    )
+    score_Fn = mx.where(is_root_Fn, rounded(density_Fn * reach_Fn), -1)
+    return mx.argsort(mx.argsort(-score_Fn, axis=-1), axis=-1) < count_F1
 
 
 def mean_of_roots(

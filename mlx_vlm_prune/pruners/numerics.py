@@ -109,6 +109,12 @@ def on_host(*arrays: mx.array) -> list[np.ndarray]:
     return [v.astype(np.float64, copy=False) if v.dtype.kind == "f" else v for v in values]
 
 
+def compute_on_cpu(*arrays: mx.array) -> None:
+    """Compute them now, only on the CPU, so that blocks of rows they are made from are freed."""
+    if choice_dtype() == mx.float64:
+        mx.eval(arrays)
+
+
 def after_step(count: int, *arrays: mx.array) -> None:
     """Compute what `count` steps of a loop came to, once in a while and only on the CPU: the graph
     of thousands of steps takes more memory than their arrays."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MOST_HELD = 8192  # rows of a matrix that is held: 0.5 GB in float64
 BLOCK = 128  # rows at a time; MLX allocates about ten results ahead
+NOBODY = -2.0  # below every cosine
 
 
 def block_size(N: int) -> int:
@@ -65,6 +66,13 @@ class Rows:
             else:
                 yield self.rows_of(*(part_BN[:, some] for part_BN in self.parts_BN))
 
+    def numbered_blocks(self) -> Iterator[tuple[slice, mx.array]]:
+        """The same, each with the places of its rows."""
+        first = 0
+        for block_BnM in self.blocks():
+            yield slice(first, first + block_BnM.shape[1]), block_BnM
+            first += block_BnM.shape[1]
+
     def summed_up(self, summary: Callable[[mx.array], mx.array]) -> mx.array:
         """`summary(rows)`, (B, n), of all rows in order, (B, N)."""
         return mx.concatenate([summary(block_BnM) for block_BnM in self.blocks()], axis=1)
@@ -76,13 +84,18 @@ def cosine_rows(x_BND: mx.array, *, hold: bool = True) -> Rows:
     return Rows(lambda part_BnD: rounded_cosine(part_BnD @ x_BND.swapaxes(1, 2)), x_BND, hold=hold)
 
 
-def nearest(unit_BnD: mx.array, unit_BMD: mx.array) -> tuple[mx.array, mx.array]:
-    """Of each of n tokens the cosine similarity to the most similar of M others, and that one's
-    index, (B, n); of equals the first. All tokens as `unit` gives them."""
+def nearest(
+    unit_BnD: mx.array, unit_BMD: mx.array, among_BM: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """Of each of n tokens the cosine similarity to the most similar of M others, of those
+    `among_BM` and else -2, and that one's index, (B, n); of equals the first. All tokens as `unit`
+    gives them."""
     n = unit_BnD.shape[1]
     size, similar, index = block_size(n), [], []
     for first in range(0, n, size):
         block_BnM = rounded_cosine(unit_BnD[:, first : first + size] @ unit_BMD.swapaxes(1, 2))
+        if among_BM is not None:
+            block_BnM = mx.where(among_BM[:, None], block_BnM, NOBODY)
         similar.append(block_BnM.max(axis=-1))
         index.append(mx.argmax(block_BnM, axis=-1))
     return mx.concatenate(similar, axis=1), mx.concatenate(index, axis=1)
