@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_prune.pruners import Reduction, cdpruner, clusters, lazy, resolve, rows
+from mlx_vlm_prune.pruners import Reduction, cdpruner, clusters, flashvid, lazy, resolve, rows
 from mlx_vlm_prune.pruners.coverage import cover, cover_lazily
 from mlx_vlm_prune.pruners.lazy import HeldRows, highest
 from mlx_vlm_prune.pruners.numerics import choosing, precision
@@ -21,6 +21,7 @@ CASES = 1000
 BY_ROWS = [
     "divprune", "cdpruner", "scope", "scope:power=0", "mmtok", "vispruner", "visionzip", "prumerge",
     "prumerge:neighbours=2", "prumerge_plus", "apet", "tome", "global_local",
+    "flashvid",
 ]  # fmt: skip
 
 
@@ -113,6 +114,9 @@ PARTS = [
     ("cdpruner", "float32", cdpruner, "MOST_ON_GPU", 4),
     ("sparsevlm:recycle=0.9", "float64", clusters, "TILE", 3),
     ("sparsevlm:recycle=0.9", "float32", clusters, "BLOCK", 50),
+    ("flashvid", "float64", clusters, "TILE", 3),
+    ("flashvid", "float32", clusters, "BLOCK", 50),
+    ("flashvid", "float64", flashvid, "MOST_HELD", 1),
     ("pact", "float64", rows, "BLOCK", 3),
     *((spec, "float32", rows, "MOST_HELD", 0) for spec in BY_ROWS),
 ]

@@ -7,6 +7,7 @@ import torch
 
 from convert.__main__ import main as convert
 from mlx_vlm_prune import generate
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import load
 from mlx_vlm_prune.scenes import CHECKPOINT
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
@@ -48,6 +49,12 @@ def test_what_the_parts_of_a_layer_add_is_what_the_layer_added(built_in):
 def test_layers_that_do_not_divide_are_refused(built_in):
     with pytest.raises(ValueError, match="4 layers cannot become 6"):
         grown(built_in, 6)
+
+
+def test_steps_of_a_tower_that_stays_are_refused(tmp_path):
+    with pytest.raises(UserError, match="tower_steps must be 0"):
+        train(tmp_path / "run", replace(RECIPES["deep"], tower_steps=5), minutes=9, workers=0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_it_begins_near_the_answers_that_it_grew_from(built_in):

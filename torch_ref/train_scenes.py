@@ -18,8 +18,6 @@ from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whol
 
 from .training.recipes import RECIPES
 
-FOLDERS = {"small": "scenes", "deep": "scenes-deep", "large": "scenes-large"}
-
 
 # fmt: off
 def build_parser() -> Parser:
@@ -72,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         numbers = {name: getattr(args, name) for name in ("steps", "tower_steps", "batch")}
         set_numbers = {name: number for name, number in numbers.items() if number is not None}
-        out = args.out or Path("runs", FOLDERS[args.size])
+        out = args.out or Path("runs", "scenes" if args.size == "small" else f"scenes-{args.size}")
         train(out, replace(RECIPES[args.size], **set_numbers), args.minutes, args.workers)
 
 

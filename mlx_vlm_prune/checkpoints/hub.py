@@ -50,7 +50,10 @@ def resolve_path(path_or_name: str | Path, revision: str | None = None) -> Path:
 def _find_in_clone(name: str) -> Path:
     place = Path("benchmarks", "models", name)
     if not (CLONE / place).is_dir():
-        raise UserError(f"{name} lies in a clone of the repository, at {place}; there is none here")
+        raise UserError(
+            f"{name} lies in a clone of the repository, at {place}; there is none here (python -m"
+            f" torch_ref.train_scenes --size {name.removeprefix('scenes-')} trains it)"
+        )
     return CLONE / place
 
 

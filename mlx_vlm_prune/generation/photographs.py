@@ -1,8 +1,10 @@
 """A note where a model of drawn scenes, such as the built-in one, gets a photograph."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from PIL import Image
 
 from ..inputs.image import MAX_PIXELS, open_image
 
@@ -20,7 +22,11 @@ def warn_of_photographs(
 
     Raises UserError for a broken file.
     """
-    if getattr(processor, "is_scenes", False) and any(
-        open_image(image, max_pixels).size != processor.image.crop for image in images
-    ):
+    if has_photograph(processor, (open_image(image, max_pixels) for image in images)):
         logger.warning(SCENES_ONLY)
+
+
+def has_photograph(processor: Any, pictures: Iterable[Image.Image]) -> bool:
+    """Does a model of drawn scenes get something else: no square as large as those?"""
+    is_scenes = getattr(processor, "is_scenes", False)
+    return is_scenes and any(picture.size != processor.image.crop for picture in pictures)

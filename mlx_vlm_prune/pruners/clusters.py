@@ -10,8 +10,9 @@ tile, D features.
 import mlx.core as mx
 import numpy as np
 
+from . import rows
 from .contract import take
-from .numerics import exp, keep_highest, rounded, to_choice_dtype
+from .numerics import constant, keep_highest, rounded, to_choice_dtype
 from .rows import Rows
 
 BLOCK = 2**24  # differences of coordinates that are held at once
@@ -20,14 +21,19 @@ TILE = 64  # points whose differences to another are computed together, on a CPU
 
 def density_peaks(distance_Bnn: mx.array, C: int) -> mx.array:
     """The C points with the highest density times distance to a denser point, (B, C) ascending.
-    A point's density is that of the C nearest, itself among them."""
+    A point's density is exp(-mean of the squared distances to the C nearest, itself among them)."""
     near_BnC = mx.sort(mx.partition(distance_Bnn, C - 1, axis=-1)[..., :C], axis=-1)
-    density_Bn = exp(-mx.square(near_BnC).mean(axis=-1))
-    rank_Bn = mx.argsort(mx.argsort(-rounded(density_Bn), axis=-1), axis=-1)
+    spread_Bn = rounded(mx.square(near_BnC).mean(axis=-1))
+    rank_Bn = mx.argsort(mx.argsort(spread_Bn, axis=-1), axis=-1)
     is_denser_Bnn = rank_Bn[:, None] < rank_Bn[..., None]
     reach_Bn = mx.where(is_denser_Bnn, distance_Bnn, mx.inf).min(axis=-1)
     reach_Bn = mx.where(rank_Bn == 0, distance_Bnn.max(axis=-1), reach_Bn)
-    return keep_highest(rounded(density_Bn * reach_Bn), C)
+    return keep_highest(peak_scores(spread_Bn, reach_Bn), C)
+
+
+def peak_scores(spread_Bn: mx.array, reach_Bn: mx.array) -> mx.array:
+    """The log of density times reach: among points that are far apart all densities would be 0."""
+    return rounded(mx.log(mx.maximum(reach_Bn, constant(1e-12))) - spread_Bn)
 
 
 def nearest_centres(distance_Bnn: mx.array, centre_BC: mx.array) -> mx.array:
@@ -54,14 +60,18 @@ def distances(x_BnD: mx.array) -> mx.array:
 def distance_rows(x_BnD: mx.array) -> Rows:
     """The rows of `distances(x_BnD)`, as they are needed."""
     x_BnD = to_choice_dtype(x_BnD)
+    n, D = x_BnD.shape[1:]
+    if n <= rows.MOST_HELD:
+        return Rows(distances, x_BnD)
+    all_BnD = np.array(x_BnD) if x_BnD.dtype == mx.float64 else x_BnD
 
     def rows_of(part_BmD: mx.array) -> mx.array:
-        if x_BnD.dtype == mx.float64:
-            pairs = zip(np.array(part_BmD), np.array(x_BnD), strict=True)
+        if isinstance(all_BnD, np.ndarray):
+            pairs = zip(np.array(part_BmD), all_BnD, strict=True)
             square_Bmn = mx.array(np.stack([rows_in_tiles(*pair) for pair in pairs]), mx.float64)
         else:
             square_Bmn = rows_in_blocks(part_BmD, x_BnD)
-        return rounded(mx.sqrt(square_Bmn / x_BnD.shape[-1]), 9)
+        return rounded(mx.sqrt(square_Bmn / D), 9)
 
     return Rows(rows_of, x_BnD)
 

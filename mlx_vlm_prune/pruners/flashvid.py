@@ -3,16 +3,20 @@
 FlashVID, ICLR 2026, arXiv:2602.08024. A clip is cut where the means of two neighbouring frames
 differ, and at least into `segments` parts. Every frame keeps a share `alpha` of its budget by
 attention times the distance, 1 - cos, to the nearest kept token. Each other token joins the most
-similar of the frame before in its segment, if that is similar enough: a tree over frames, whose
-root is its mean. The roots of each frame are clustered by density peaks, down to what is left of
-the segment's budget; a slot is the mean of its roots.
+similar other one of the frame before in its segment, if that is similar enough: a tree over frames,
+whose root is its mean. The roots of each frame are clustered by density peaks, down to what is left
+of the segment's budget; a slot is the mean of its roots. With three tokens a frame or fewer nothing
+merges by default.
 
 As the authors' code (github.com/Fanziyang-v/FlashVID@1d37422) on the same attention, where their
-frames keep K together. Differs: K is met: a frame's clusters are its share of its segment's roots
-by largest remainders, where theirs rounds each up; a tree's root is the mean of all its tokens,
-where theirs divides the sum by the root and its own branches alone; a segment of one frame clusters
-the tokens that are not kept yet, where theirs clusters those that are, too; densities are without
-theirs' random noise. Their last step, inside the language model, is left out.
+frames keep K together. Differs: K is met, spread evenly over the frames; a frame's clusters are its
+share of its segment's roots by largest remainders, where theirs rounds each up, and where it has
+none, its roots are dropped; trees end as soon as no more roots are left than slots, where theirs
+leaves one more; a tree's root is the mean of all its tokens, where theirs divides the sum by the
+root and its own branches alone; a segment of one frame clusters the tokens that are not kept yet,
+where theirs clusters those that are, too; ties go to the lower index, where theirs adds noise to
+densities; in Qwen3-VL the features of early layers are mixed, too. Their last step, inside the
+language model, is left out.
 
 Options:
     alpha: share of a frame's budget that is chosen, not merged, 0 to 1
@@ -28,22 +32,22 @@ import math
 
 import mlx.core as mx
 
-from .clusters import distance_rows
+from .clusters import distance_rows, peak_scores
 from .contract import Reduction, Signals, Stage, segment_sum, take
 from .divprune import KEPT, gaps_after
 from .numerics import (
     after_step,
+    choice_dtype,
     choosing,
     compute_on_cpu,
     constant,
-    exp,
     keep_marked,
     rounded,
     rounded_cosine,
     to_choice_dtype,
     unit,
 )
-from .rows import NOBODY, Rows, cosine_rows, nearest, nearest_similarity
+from .rows import MOST_HELD, NOBODY, cosine_rows, nearest, nearest_similarity
 
 stage = Stage.PROJECTED
 needs: dict[str, str | None] = {"received_attention": "layer", "grid": None}
@@ -58,20 +62,25 @@ def prune(
     """Merge into K; `layer` is read by the host."""
     check_options(alpha, cut, merge, segments)
     T, (B, N, D) = signals.frames, signals.x_BND.shape
-    budget = [K // T + (t < K % T) for t in range(T)]
+    budget = [(t + 1) * K // T - t * K // T for t in range(T)]
     chosen = [math.ceil(alpha * k - 1e-9) for k in budget]
     clusters = [k - some for k, some in zip(budget, chosen, strict=True)]
     with choosing():
         x_BTnD = to_choice_dtype(signals.x_BND).reshape(B, T, N // T, D)
         attention_BTn = to_choice_dtype(signals.received_attention_BN).reshape(B, T, -1)
         is_chosen_BTn = attended_and_diverse(x_BTnD, attention_BTn, chosen)
+        if not any(clusters):
+            return Reduction(keep_marked(is_chosen_BTn.reshape(B, N), K))
         first_BT = first_frames(x_BTnD, cut, segments)
         tree_BN, is_root_BTn = trees(x_BTnD, is_chosen_BTn, first_BT, merge, clusters)
         size_BN = segment_sum(mx.ones((B, N, 1), x_BTnD.dtype), tree_BN, N)[..., 0]
         sum_BND = segment_sum(x_BTnD.reshape(B, N, D), tree_BN, N)
         root_BND = sum_BND / mx.maximum(size_BN, 1)[..., None]
         count_BT = largest_remainders(is_root_BTn.sum(axis=-1), first_BT, clusters)
-        home_BN, is_centre_BN = peaks(root_BND, is_root_BTn, count_BT)
+        R = N // T - min(chosen)  # roots of a frame, at most
+        if choice_dtype() == mx.float64:
+            R = int(is_root_BTn.sum(axis=-1).max())
+        home_BN, is_centre_BN = peaks(root_BND, is_root_BTn, count_BT, R)
         is_kept_BN = is_centre_BN | is_chosen_BTn.reshape(B, N)
         return mean_of_roots(is_kept_BN, tree_BN, home_BN, size_BN, is_root_BTn.reshape(B, N), K)
 
@@ -152,10 +161,11 @@ def sum_of_segment(value_BT: mx.array, first_BT: mx.array) -> mx.array:
 def rank_in_segment(score_BTn: mx.array, first_BT: mx.array) -> mx.array:
     """A token's place among those of its segment, the highest score first, (B, T, n)."""
     B, T, n = score_BTn.shape
-    place_BN = mx.argsort(mx.argsort(-score_BTn.reshape(B, -1), axis=-1), axis=-1)
-    begin_BTn = mx.broadcast_to(first_BT[..., None] * n, (B, T, n)).astype(mx.int64)
-    order_BN = begin_BTn.reshape(B, -1) * (T * n) + place_BN
-    return mx.argsort(mx.argsort(order_BN, axis=-1), axis=-1).reshape(B, T, n) - begin_BTn
+    begin_BTn = mx.broadcast_to(first_BT[..., None] * n, (B, T, n))
+    begin_BN = begin_BTn.reshape(B, -1)
+    order_BN = mx.argsort(-score_BTn.reshape(B, -1), axis=-1)
+    order_BN = take(order_BN, mx.argsort(take(begin_BN, order_BN), axis=-1))  # by segments
+    return mx.argsort(order_BN, axis=-1).reshape(B, T, n).astype(begin_BTn.dtype) - begin_BTn
 
 
 def largest_remainders(roots_BT: mx.array, first_BT: mx.array, clusters: list[int]) -> mx.array:
@@ -170,51 +180,58 @@ def largest_remainders(roots_BT: mx.array, first_BT: mx.array, clusters: list[in
 
 
 def peaks(
-    root_BND: mx.array, is_root_BTn: mx.array, count_BT: mx.array
+    root_BND: mx.array, is_root_BTn: mx.array, count_BT: mx.array, R: int
 ) -> tuple[mx.array, mx.array]:  # fmt: skip
     """The centre of each root's cluster within its frame, (B, N), -1 of other tokens and where a
-    frame has none; and which tokens are centres, (B, N)."""
+    frame has none; and which tokens are centres, (B, N). Of each frame R tokens are compared."""
     B, T, n = is_root_BTn.shape
     is_root_Fn, count_F1 = is_root_BTn.reshape(B * T, n), count_BT.reshape(B * T, 1)
-    distance = distance_rows(root_BND.reshape(B * T, n, -1))
-    centre_Fn = centres(distance, is_root_Fn, count_F1)
-    home = []
-    for block_Fmn in distance.blocks():
-        home.append(mx.argmin(mx.where(centre_Fn[:, None], block_Fmn, mx.inf), axis=-1))
-        compute_on_cpu(home[-1])
-    home_Fn = mx.where(centre_Fn, mx.arange(n), mx.concatenate(home, axis=1).astype(mx.int32))
-    home_Fn = mx.where(is_root_Fn & (count_F1 > 0), home_Fn, -1)
-    begin_T1 = mx.arange(T)[:, None] * n
-    home_BTn = home_Fn.reshape(B, T, n)
-    home_BTn = mx.where(home_BTn < 0, -1, home_BTn + begin_T1)
-    return home_BTn.reshape(B, -1), centre_Fn.reshape(B, -1)
+    place_FR = mx.sort(mx.argsort(~is_root_Fn, axis=-1)[:, :R], axis=-1)
+    root_FRD = take(root_BND.reshape(B * T, n, -1), place_FR)
+    is_root_FR, at_once, parts = take(is_root_Fn, place_FR), max(1, MOST_HELD // R), []
+    for first in range(0, B * T, at_once):
+        some = slice(first, first + at_once)
+        parts.append(clusters_of(root_FRD[some], is_root_FR[some], count_F1[some]))
+        compute_on_cpu(*parts[-1])
+    is_centre_FR, home_FR = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
+    home_FR = take(place_FR, home_FR) + (mx.arange(B * T)[:, None] % T * n).astype(mx.uint32)
+    home_FR = mx.where(is_root_FR & (count_F1 > 0), home_FR.astype(mx.int32), -1)
+    home_Fn = mx.put_along_axis(mx.full((B * T, n), -1), place_FR, home_FR, axis=1)
+    is_centre_Fn = mx.put_along_axis(mx.zeros((B * T, n), mx.bool_), place_FR, is_centre_FR, axis=1)
+    return home_Fn.reshape(B, -1), is_centre_Fn.reshape(B, -1)
 
 
-def centres(distance: Rows, is_root_Fn: mx.array, count_F1: mx.array) -> mx.array:
-    """Which roots are centres, (F, n): those with the highest density, of the nearest roots, times
-    distance to a denser one."""
-    k = min(NEIGHBOURS, is_root_Fn.shape[1])
+def clusters_of(
+    root_FRD: mx.array, is_root_FR: mx.array, count_F1: mx.array
+) -> tuple[mx.array, mx.array]:  # fmt: skip
+    """Which roots of a frame are centres, those with the highest density, of the nearest roots,
+    times distance to a denser one; and of every root the nearest centre, both (F, R)."""
+    distance = distance_rows(root_FRD)
+    R = is_root_FR.shape[1]
+    k, near, farthest, reach, home = min(NEIGHBOURS, R), [], [], [], []
     k_F1 = mx.minimum(count_F1, k)
-    near, farthest = [], []
-    for block_Fmn in distance.blocks():
-        near_Fmk = mx.sort(mx.where(is_root_Fn[:, None], block_Fmn, mx.inf), axis=-1)[..., :k]
+    for block_FmR in distance.blocks():
+        near_Fmk = mx.sort(mx.where(is_root_FR[:, None], block_FmR, mx.inf), axis=-1)[..., :k]
         near_Fmk = mx.where(mx.arange(k) < k_F1[..., None], near_Fmk, 0)
         near.append(mx.square(near_Fmk).sum(axis=-1) / mx.maximum(k_F1, 1))
-        farthest.append(mx.where(is_root_Fn[:, None], block_Fmn, 0).max(axis=-1))
+        farthest.append(mx.where(is_root_FR[:, None], block_FmR, 0).max(axis=-1))
         compute_on_cpu(near[-1], farthest[-1])
-    mean_Fn = mx.where(is_root_Fn, mx.concatenate(near, axis=1), 0)
-    farthest_Fn = mx.where(is_root_Fn, mx.concatenate(farthest, axis=1), 0)
-    density_Fn = mx.where(is_root_Fn, rounded(exp(-mean_Fn)), -1)
-    rank_Fn, reach = mx.argsort(mx.argsort(-density_Fn, axis=-1), axis=-1), []
-    for some, block_Fmn in distance.numbered_blocks():
-        is_denser_Fmn = rank_Fn[:, None] < rank_Fn[:, some, None]
-        reach.append(mx.where(is_denser_Fmn, block_Fmn, mx.inf).min(axis=-1))
+    spread_FR = mx.where(is_root_FR, rounded(mx.concatenate(near, axis=1)), mx.inf)
+    rank_FR = mx.argsort(mx.argsort(spread_FR, axis=-1), axis=-1)
+    for some, block_FmR in distance.numbered_blocks():
+        is_denser_FmR = rank_FR[:, None] < rank_FR[:, some, None]
+        reach.append(mx.where(is_denser_FmR, block_FmR, mx.inf).min(axis=-1))
         compute_on_cpu(reach[-1])
-    reach_Fn = mx.where(
-        rank_Fn == 0, farthest_Fn.max(axis=-1, keepdims=True), mx.concatenate(reach, axis=1)
-    )
-    score_Fn = mx.where(is_root_Fn, rounded(density_Fn * reach_Fn), -1)
-    return mx.argsort(mx.argsort(-score_Fn, axis=-1), axis=-1) < count_F1
+    far_F1 = mx.where(is_root_FR, mx.concatenate(farthest, axis=1), 0).max(axis=-1, keepdims=True)
+    reach_FR = mx.where(rank_FR == 0, far_F1, mx.concatenate(reach, axis=1))
+    score_FR = mx.where(is_root_FR, peak_scores(spread_FR, reach_FR), -mx.inf)
+    is_centre_FR = mx.argsort(mx.argsort(-score_FR, axis=-1), axis=-1) < count_F1
+    for block_FmR in distance.blocks():
+        home.append(mx.argmin(mx.where(is_centre_FR[:, None], block_FmR, mx.inf), axis=-1))
+        compute_on_cpu(home[-1])
+    home_FR = mx.concatenate(home, axis=1)
+    own_R = mx.arange(R, dtype=home_FR.dtype)
+    return is_centre_FR, mx.where(is_centre_FR, own_R, home_FR)
 
 
 def mean_of_roots(

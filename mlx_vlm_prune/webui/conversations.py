@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..checkpoints.errors import UserError
-from ..generation.photographs import SCENES_ONLY
+from ..generation.photographs import SCENES_ONLY, has_photograph
 from ..generation.printing import times_by_part
 from ..generation.request import Request
 from ..generation.result import GenerationResult
@@ -23,7 +23,6 @@ from ..planning import host_budgets
 from ..planning.auto_budgets import choose_within
 from ..planning.budgets import Budget, BudgetChoice, keep_within
 from ..pruners import AUTO
-from ..scenes import SIZE
 from .model_thread import ModelThread, OpenModel
 
 if TYPE_CHECKING:
@@ -198,9 +197,8 @@ class Conversation:
     @property
     def notes(self) -> str:
         """What is to be said of the latest answers beside their figures."""
-        is_scenes = getattr(self.opened.processor, "is_scenes", False)
-        is_photograph = any(image.size != (SIZE, SIZE) for image in self.pruned.images)
-        notes = [self.note, SCENES_ONLY if is_scenes and is_photograph else ""]
+        is_photograph = has_photograph(self.opened.processor, self.pruned.images)
+        notes = [self.note, SCENES_ONLY if is_photograph else ""]
         return "; ".join(filter(None, notes))
 
 

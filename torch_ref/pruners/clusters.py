@@ -17,13 +17,13 @@ def distances(x_nD: Tensor) -> Tensor:
 
 def density_peaks(distance_nn: Tensor, C: int) -> list[int]:
     """The C points with the highest density times distance to a denser point, ascending. A point's
-    density is that of the C nearest, itself among them."""
+    density is that of the C nearest, itself among them; of all that its log."""
     n, density = len(distance_nn), []
     for row in distance_nn:
-        density.append(round(math.exp(-sum(d * d for d in sorted(row.tolist())[:C]) / C), 12))
+        density.append(round(-sum(d * d for d in sorted(row.tolist())[:C]) / C, 12))
     order = sorted(range(n), key=lambda i: (-density[i], i))
     score = torch.zeros(n, dtype=torch.float64)
     for rank, i in enumerate(order):
         reach = distance_nn[i, order[:rank]].min() if rank else distance_nn[i].max()
-        score[i] = density[i] * reach
+        score[i] = density[i] + math.log(max(reach, 1e-12))
     return sorted(highest(score.round(decimals=12), C))

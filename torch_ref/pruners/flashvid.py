@@ -22,7 +22,7 @@ def prune(
     segments: int = 8, layer: float = -1,
 ) -> Reduction:  # fmt: skip
     T = signals.frames
-    budget = [K // T + (t < K % T) for t in range(T)]
+    budget = [(t + 1) * K // T - t * K // T for t in range(T)]
     counts = [math.ceil(alpha * k - 1e-9) for k in budget]
     pairs = []
     for x_ND, attention_N in zip(signals.x_BND, signals.received_attention_BN, strict=True):
@@ -58,9 +58,7 @@ def _of_clip(
 
 def _attended_and_diverse(x_nD: Tensor, attention_n: Tensor, count: int) -> list[int]:
     apart_nn = 1 - cosine(x_nD)
-    others_nn = apart_nn.clone().fill_diagonal_(math.inf if len(apart_nn) > 1 else 2)
-    if len(apart_nn) == 1:
-        return [0][:count]
+    others_nn = apart_nn.clone().fill_diagonal_(math.inf)
     gap_n, kept = others_nn.min(dim=1).values, list[int]()
     for _ in range(count):
         score_n = (attention_n * gap_n).round(decimals=12)
@@ -136,11 +134,12 @@ def _density_peaks(apart_nn: Tensor, count: int) -> list[int]:
     """The centre of each point's cluster."""
     k, n = min(count, 7), len(apart_nn)
     near_nk = apart_nn.sort(dim=-1).values[:, :k]
-    density_n = (-near_nk.square().mean(dim=-1)).exp().round(decimals=12)
+    density_n = -near_nk.square().mean(dim=-1).round(decimals=12)  # its log
     order = highest(density_n, n)
     reach_n = torch.full_like(density_n, float(apart_nn.max()))
     for rank, i in enumerate(order[1:], 1):
         reach_n[i] = apart_nn[i, order[:rank]].min()
-    centres = sorted(highest((density_n * reach_n).round(decimals=12), count))
+    score_n = density_n + reach_n.clamp(min=1e-12).log()
+    centres = sorted(highest(score_n.round(decimals=12), count))
     home = [centres[c] for c in apart_nn[:, centres].argmin(dim=1).tolist()]
     return [i if i in centres else h for i, h in enumerate(home)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ScenesRecipe:
-    """A model of the drawn worlds, from nothing."""
+    """A model of the drawn worlds, from nothing or grown from the built-in one."""
 
     size: str = "small"  # of SIZES: the built-in scenes model, scenes-deep or scenes-large
     tower_steps: int = 1500  # the first stage

@@ -1,4 +1,4 @@
-"""A model of the drawn worlds, trained from nothing in two stages.
+"""A model of the drawn worlds, trained in two stages: from nothing, or from the built-in model.
 
 First the tower alone learns what lies in every patch: the projected
 patch must predict its words (shape, colour, cell, letter) through the tied
@@ -193,8 +193,10 @@ class Run:
 def train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> None:
     """Train from OUT/last.pt if it is there; stop after `minutes` or `recipe.steps`.
 
-    Raises UserError where another process trains in OUT.
+    Raises UserError where another process trains in OUT, and for steps of a tower that stays.
     """
+    if recipe.is_grown and recipe.tower_steps:
+        raise UserError("tower_steps must be 0: the tower of a grown model is not trained")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / "run.lock", f"another process is training in {out}; wait for it"):
         _train(out, recipe, minutes, workers)
@@ -207,6 +209,7 @@ def _train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> Non
     if recipe.is_grown:
         grow(trainee.vlm, load_folder(BUILT_IN, torch.device("cpu"))[0])
         trainee.vlm.tower.requires_grad_(False)
+        trainee.summary.requires_grad_(False)  # it reads the tower alone
     run = Run(trainee.to(device), recipe, device)
     if last.exists():
         run.restore(last)
@@ -232,7 +235,8 @@ def _train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> Non
         if time.monotonic() - saved > 180 or run.step == recipe.steps:
             saved = time.monotonic()
             run.save(last)
-        if run.step > recipe.tower_steps and run.step % 500 == 0:
+        is_last = run.step == recipe.steps
+        if run.step > recipe.tower_steps and (run.step % 500 == 0 or is_last):
             held_out = judge(run.trainee, device, 200)
             tqdm.write(" ".join(f"{kind} {v:.2f}" for kind, v in held_out.items()))
             append_log(out, {"step": run.step, "held_out": held_out})

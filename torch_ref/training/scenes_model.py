@@ -36,13 +36,6 @@ SIZES = {
                        num_attention_heads=4, num_key_value_heads=2),
         SMALL,
     ),
-    "deep": ModelSize(
-        CLIPConfig(hidden_size=192, intermediate_size=768, num_hidden_layers=4,
-                   num_attention_heads=6),
-        MiniMindConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=12,
-                       num_attention_heads=4, num_key_value_heads=2),
-        SMALL,
-    ),
     "large": ModelSize(
         CLIPConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=8,
                    num_attention_heads=8, image_size=LARGE.size),
@@ -52,6 +45,7 @@ SIZES = {
     ),
 }
 # fmt: on
+SIZES["deep"] = replace(SIZES["small"], text=replace(SIZES["small"].text, num_hidden_layers=12))
 NEIGHBOURS = (
     ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)),
     ((-1, -1), (-1, 1), (1, -1), (1, 1), (0, 0)),
@@ -109,7 +103,7 @@ def attend_to_neighbours(tower: VisionTower) -> None:
 
 @torch.no_grad()
 def grow(model: VLM, shallow: VLM) -> None:
-    """Give a model the weights of one with fewer layers in its language model, and all else equal.
+    """Give a model the weights of one that has fewer layers in its language model, else the same.
 
     Each of those layers becomes several, one after another, which each add a part of what it added:
     so the deeper model begins near the other's answers, and no layer is idle.
