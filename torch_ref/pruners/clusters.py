@@ -25,5 +25,5 @@ def density_peaks(distance_nn: Tensor, C: int) -> list[int]:
     score = torch.zeros(n, dtype=torch.float64)
     for rank, i in enumerate(order):
         reach = distance_nn[i, order[:rank]].min() if rank else distance_nn[i].max()
-        score[i] = density[i] + math.log(max(reach, 1e-12))
+        score[i] = density[i] + math.log(max(float(reach), 1e-12))
     return sorted(highest(score.round(decimals=12), C))

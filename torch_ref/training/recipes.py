@@ -29,7 +29,7 @@ RECIPES = {
     "deep": ScenesRecipe(
         size="deep",
         tower_steps=0,
-        steps=400,
+        steps=130,
         warmup=20,
         batch=16,
         muon_rate=5e-4,
