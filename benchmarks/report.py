@@ -99,6 +99,27 @@ def _evaluated(result: dict[str, Any]) -> str:
     return f"{sentence} Not in it: {'; '.join(left_out)}." if missing else sentence
 
 
+def deep_table(results: Path = RESULTS) -> str:
+    """Mean accuracy with twelve layers in the language model beside four, in Markdown."""
+    result, deep = read(results, "scenes-deep"), scenes(results, "scenes-deep")
+    layers = (4, scenes(results)), (12, deep)
+    budgets = sorted({k for rows in deep.values() for k in rows if k != 196}, reverse=True)
+    heads = ["pruner", *(f"{k} tokens: {depth} layers" for k in budgets for depth, _ in layers)]
+    lines = []
+    for name in deep:
+        sides = [(accuracy.get(name, {}), k) for k in budgets for _, accuracy in layers]
+        cells = [f"{side[k]['overall']:.1%}{random_mark(side[k])}" if k in side else "–"
+                 for side, k in sides]  # fmt: skip
+        if name != "none":
+            lines.append([f"`{name}`", *cells])
+    table = markdown(heads, "l" + "r" * len(heads[1:]), lines)
+    full = [f"{accuracy['none'][196]['overall']:.1%} ({depth})" for depth, accuracy in layers]
+    return (
+        f"{table}\n\nWith all 196 tokens: {', '.join(full)}. Twelve layers: {result['count']:,}"
+        f" questions on {days(result)}, by `python -m mlx_vlm_prune.evaluate --model scenes-deep`."
+    )
+
+
 def kinds_table(results: Path = RESULTS) -> str:
     """Accuracy per kind of question with all tokens, and of always the majority answer."""
     majority = read(results, "scenes")["majority"]
@@ -198,6 +219,7 @@ TABLES = {
     "methods": methods_table,
     "kinds": kinds_table,
     "scenes": scenes_table,
+    "scenes-deep": deep_table,
     "speed": speed_table,
     "claims": claims_table,
     "rivals": rivals_table,

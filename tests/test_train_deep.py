@@ -9,7 +9,7 @@ from convert.__main__ import main as convert
 from mlx_vlm_prune import generate
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import load
-from mlx_vlm_prune.scenes import CHECKPOINT
+from mlx_vlm_prune.scenes import CHECKPOINT, HELD_OUT_SEEDS, KINDS, question_set
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
 from torch_ref.models.loading import load_folder
 from torch_ref.training.recipes import RECIPES
@@ -77,6 +77,17 @@ def test_training_moves_its_layers_and_leaves_the_tower(tmp_path, built_in, monk
     write_words(tmp_path / "words")
     convert(["to-mlx", str(tmp_path / "scenes.pth"), str(tmp_path / "mlx"), "--vision",
              str(tmp_path / "clip"), "--tokenizer", str(tmp_path / "words")])  # fmt: skip
-    model, processor = load(tmp_path / "mlx")
-    answer = generate(model, processor, "How many hearts?", None, max_tokens=2)
-    assert len(model.language.layers) == 12 and answer.visual_tokens == 0
+    model, _ = load(tmp_path / "mlx")
+    assert len(model.language.layers) == 12
+
+
+def test_the_trained_one_answers_also_where_a_method_drops_between_its_layers():
+    model, processor = load("scenes-deep")
+    asked = [(s.image(), q) for s, some in question_set(HELD_OUT_SEEDS, 2) for q in some]
+    assert len(model.language.layers) == 12 and {q.kind for _, q in asked} == {*KINDS}
+    for options in ({}, {"pruner": "fastv", "keep_tokens": 49}):
+        answers = [
+            generate(model, processor, q.text, picture, max_tokens=5, **options).text
+            for picture, q in asked
+        ]
+        assert answers == [q.answer for _, q in asked]
