@@ -83,11 +83,11 @@ def test_training_moves_its_layers_and_leaves_the_tower(tmp_path, built_in, monk
 
 def test_the_trained_one_answers_also_where_a_method_drops_between_its_layers():
     model, processor = load("scenes-deep")
-    asked = [(s.image(), q) for s, some in question_set(HELD_OUT_SEEDS, 2) for q in some]
-    assert len(model.language.layers) == 12 and {q.kind for _, q in asked} == {*KINDS}
+    cases = [(s.image(), q) for s, some in question_set(HELD_OUT_SEEDS, 2) for q in some]
+    assert len(model.language.layers) == 12 and {q.kind for _, q in cases} == {*KINDS}
     for options in ({}, {"pruner": "fastv", "keep_tokens": 49}):
         answers = [
             generate(model, processor, q.text, picture, max_tokens=5, **options).text
-            for picture, q in asked
+            for picture, q in cases
         ]
-        assert answers == [q.answer for _, q in asked]
+        assert answers == [q.answer for _, q in cases]
