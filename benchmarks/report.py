@@ -116,7 +116,8 @@ def deep_table(results: Path = RESULTS) -> str:
     full = [f"{accuracy['none'][196]['overall']:.1%} ({depth})" for depth, accuracy in layers]
     return (
         f"{table}\n\nWith all 196 tokens: {', '.join(full)}. Twelve layers: {result['count']:,}"
-        f" questions on {days(result)}, by `python -m mlx_vlm_prune.evaluate --model scenes-deep --per-kind 100`."
+        f" questions on {days(result)}, by `python -m mlx_vlm_prune.evaluate --model scenes-deep"
+        " --per-kind 100`."
     )
 
 
