@@ -90,7 +90,10 @@ class Advice:
             f"{row['pruner']} with {row['tokens']} ({loss:+.1f} points)"
             for row, loss in zip(self.frontier, losses, strict=True)
         )
-        return [f"On the frontier of {about}: {methods}."]
+        return [
+            f"In {about} no method was both more often right and left fewer tokens than these"
+            f" (percentage points beside all tokens): {methods}."
+        ]
 
     @property
     def _model(self) -> str:

@@ -26,7 +26,9 @@ from .evaluation.sweep_cases import Refusal, budgets_of, full_case, sweep_cases,
 from .generate import SAMPLE_PROMPT, SAMPLE_SEED, generate, load_model
 from .generation.arguments import build_explore_parser, typed_prompt
 from .generation.exploration import Exploration, ExploredAnswer
-from .generation.request import list_images
+from .generation.photographs import has_photograph
+from .generation.request import list_images, pixel_limit
+from .inputs.image import open_image
 from .pruners import AUTO
 from .sweep import check_cases, methods_of
 
@@ -60,8 +62,11 @@ def run(args: argparse.Namespace) -> None:
     explorer = Explorer(model, processor, prompt, images, options, ask, args.predict)
     answers, refusals = explore_all(args, explorer, full_case(swept), cases)
     command = shlex.join([SCRIPT, "explore", *words_with_prompt(args.words, prompt)])
+    name, limit = args.model or "scenes", pixel_limit(args.max_pixels, vars(args))
+    if has_photograph(processor, (open_image(image, limit) for image in images)):
+        name += ", which knows drawn scenes only"
     exploration = Exploration(
-        answers, prompt, args.model or "scenes", command, [*refused, *refusals],
+        answers, prompt, name, command, [*refused, *refusals],
         timing="one warm run each", prediction=explorer.times.about if explorer.times else "",
     )  # fmt: skip
     exploration.check()

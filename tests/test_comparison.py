@@ -49,11 +49,17 @@ def test_a_gain_that_its_spread_explains_is_a_question_mark(monkeypatch):
     assert "? no clear difference (0.67 to 2.00 x as fast in 3 turns)" in text
 
 
+def test_a_gain_of_every_turn_is_said_to_be_one_though_it_varies(monkeypatch):
+    text = compared(monkeypatch, [80.0, 80.0, 80.0], [40.0, 64.0, 60.0])
+    assert "x as fast in 3 turns, too much spread for one figure" in text
+
+
 def test_two_turns_that_agree_may_be_an_accident(monkeypatch):
     run = comparison.RunTimes
     ways = {FULL: [run(1, 80, 80, 1)] * 2, PRUNED: [run(1, 40, 40, 1)] * 2}
     two = comparison.Comparison(ways)
-    assert "? no clear difference (2.00 to 2.00 x as fast in 2 turns)" in "\n".join(two.lines)
+    line = "80.0 ms -> Pruned 40.0 ms, 2.00 to 2.00 x as fast in 2 turns, too few turns for one"
+    assert line in "\n".join(two.lines)
     assert two.as_json()["gain"][PRUNED]["first_token"]["median"] is None
     three = comparison.Comparison({way: [*runs, runs[0]] for way, runs in ways.items()})
     assert three.as_json()["gain"][PRUNED]["first_token"]["median"] == 2
@@ -82,7 +88,7 @@ def test_rounds_that_take_long_are_fewer_and_it_is_said_beforehand(monkeypatch, 
     with caplog.at_level("INFO", "mlx_vlm_prune"):
         timed = compare(answer, {FULL: {"way": "a"}, PRUNED: {"way": "b"}})
     assert order == [("a", 1), ("b", 1)] * 2  # three would take more than half a minute
-    assert "? no clear difference" in timed.lines[1]
+    assert "2 turns, too few turns for one figure" in timed.lines[1]
     assert [record.message for record in caplog.records] == [
         "comparing takes about 24 s: 2 rounds"
     ]  # fmt: skip

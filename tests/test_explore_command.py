@@ -206,6 +206,14 @@ def test_times_are_measured_and_predicted_by_part(home, tmp_path, monkeypatch):
             assert times["total"] >= 0.99 * sum(parts.values()) > 0
 
 
+def test_a_page_about_a_photograph_says_that_the_model_knows_scenes_only(home, tmp_path):
+    out = tmp_path / "photo.html"
+    question = ["--image", str(home / "photo.png"), "--prompt", "What is it?", "--max-tokens", "1"]
+    budget = ["--pruner", "norm", "--keep-tokens", "49", "--no-predict"]
+    explore.main([*question, *budget, "--out", str(out)])
+    assert content_of(out)["model"] == "scenes, which knows drawn scenes only"
+
+
 def test_without_an_image_the_sample_scene_is_explored(tmp_path, capsys):
     out = tmp_path / "scene.html"
     explore.main(["--pruner", "norm", "--keep-ratio", "0.25", "--max-tokens", "3",

@@ -131,7 +131,7 @@ def test_steps_and_layers_are_walked_through(tab, file):
         steps.fill(str(place))
         text, (view,) = tab.page.locator("#step-B-text").inner_text(), step["views"]
         assert text.startswith(step["name"].partition(",")[0])
-        assert text.endswith(f": {step['tokens']} tokens")
+        assert text.endswith(f": {step['tokens']} tokens (98 on average over all layers)")
         assert step["stage"] != "decoder" or f", layer{'s' * (place == 2)} {step['layer']}" in text
         slots = view.get("slot") or [0] * len(view["kept"])
         faded = [c for c in tab.pixels(1, ROWS, COLUMNS) if near(c, FADED)]

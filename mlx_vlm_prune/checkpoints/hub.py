@@ -42,7 +42,8 @@ def resolve_path(path_or_name: str | Path, revision: str | None = None) -> Path:
     local = path.exists() or name.startswith((".", "/", "~")) or {"", ".."} & set(parts)
     if local or len(parts) < 2 or is_file != (len(parts) > 2):
         if not path.exists():
-            raise UserError(f"there is no {path}, and {name!r} is no hub name (owner/name) either")
+            no_name = "" if is_file else f", and {name!r} is no hub name (owner/name) either"
+            raise UserError(f"there is no {path}{no_name}")
         return path
     return _fetch("/".join(parts[:2]), "/".join(parts[2:]), revision)
 
@@ -51,8 +52,8 @@ def _find_in_clone(name: str) -> Path:
     place = Path("benchmarks", "models", name)
     if not (CLONE / place).is_dir():
         raise UserError(
-            f"{name} lies in a clone of the repository, at {place}; there is none here (python -m"
-            f" torch_ref.train_scenes --size {name.removeprefix('scenes-')} trains it)"
+            f"{name} lies in a clone of the repository, at {place}; there is none at"
+            f" {CLONE / place}"
         )
     return CLONE / place
 

@@ -290,7 +290,10 @@ class EvaluationRun:
             return ""
         ranked = sorted(self.working[1:], key=lambda p: -self.answers[p].score)
         shown = [f"full {self.answers[0].score / count:.1%}"]
-        for name, p in zip(("best", "worst"), (ranked[:1] + ranked[-1:]), strict=False):
+        ends = ranked[:1] + ranked[-1:]
+        if len(ranked) > 1 and len({self.answers[p].score for p in ends}) == 1:
+            return shown[0]  # a tie
+        for name, p in zip(("best", "worst"), ends, strict=False):
             method = self.methods[p]
             mean = self.answers[p].score / count
             shown.append(f"{name} {method.spec}@{method.K:.4g} {mean:.1%}")

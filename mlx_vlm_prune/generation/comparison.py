@@ -76,7 +76,10 @@ class Comparison:
         spread = f"{gain.p10:.2f} to {gain.p90:.2f} x as fast in {turns}"
         if is_clear(gain):
             return f"{a} -> {b}, {gain.median:.2f} x as fast ({spread.replace(' x as fast', '')})"
-        return f"{a} -> {b}, ? no clear difference ({spread})"
+        if gain.p10 <= 1 <= gain.p90:
+            return f"{a} -> {b}, ? no clear difference ({spread})"
+        many = "much spread" if gain.runs >= FEWEST else "few turns"
+        return f"{a} -> {b}, {spread}, too {many} for one figure"
 
     def as_json(self) -> dict[str, Any]:
         """Medians of every way, and its gains over plain: None where they are not clear."""

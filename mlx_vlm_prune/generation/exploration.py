@@ -46,7 +46,7 @@ UNITS = {
     "cache_bytes": "bytes", "peak_memory": "GB (10^9 bytes)", "prompt_tps": "tokens per second",
     "generation_tps": "tokens per second", "score": "the method's own",
     "words": "share of attention, or cosine", "tokens": "visual tokens of an image",
-    "share": "of an image's visual tokens",
+    "share": "parts of an image's visual tokens",
 }  # fmt: skip
 
 

@@ -36,6 +36,8 @@ def read_whole(responses: Iterable[GenerationResponse], verbose: bool) -> Genera
 
 
 def print_figures(a: GenerationResult) -> None:
+    if not a.text:
+        print("The answer is empty: the model ended it at once")
     print(f"Prompt: {a.prompt_tokens} tokens, {a.prompt_tps:.3f} tokens-per-sec")
     print(f"Generation: {a.generation_tokens} tokens, {a.generation_tps:.3f} tokens-per-sec")
     print(f"Peak memory: {a.peak_memory:.3f} GB")

@@ -71,8 +71,11 @@ def _print_all() -> None:
     _print_columns([COLUMNS, *(table_row(method) for method in METHODS.values())])
     print("\nChains: NAME+NAME prunes at two stages, NAME:keep=N leaves N tokens to the next, or a")
     print("share of them below 1; restore joins any of them.")
-    print("NAME:budget=similarity, after the tower, gives each image K")
-    print(f"times 1 less the mean cosine of its tokens, over reference={REFERENCE:g}. Presets:")
+    print(
+        "NAME:budget=similarity, after the tower, keeps K x (1 - mean cosine of the image's tokens)"
+    )
+    print(f"/ {REFERENCE:g}, where {REFERENCE:g} is the option reference. The column needs has the")
+    print("signals of the model that a method reads beside the tokens. Presets:")
     for preset, chain in PRESETS.items():
         print(f"  {preset} = {chain}")
     print(f"\n{AUTO} is no method: it chooses one for a model and a budget, and says why.")

@@ -92,7 +92,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "-c", "--config", type=Path, metavar="FILE",
         help="a YAML file with the keys below, and with "
-        f"{', '.join(FILE_ONLY)}; docs/train.yaml explains all (default: none)",
+        f"{', '.join(FILE_ONLY)}; docs/train.yaml of the repository explains all (default: none)",
     )  # fmt: skip
     by_name = {field.name: field for field in fields(TrainConfig)}
     for title, texts in GROUPS.items():

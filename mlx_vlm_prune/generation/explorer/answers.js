@@ -74,7 +74,7 @@ function oddsBlock(answer, width, label) {
   const worst = gaps.indexOf(Math.min(...gaps));
   const sum = gaps.reduce((total, gap) => total + gap, 0);
   const text = answer === fullAnswer ? "All visual tokens." : gaps[worst] < -0.0005
-    ? `Most is lost at “${visible(tokens[worst])}”: ${nats(-gaps[worst])} nats. The whole answer: ${nats(sum)} nats.`
+    ? `Most is lost at “${visible(tokens[worst])}”: ${nats(gaps[worst])} nats. The whole answer: ${nats(sum)} nats.`
     : `No token is less likely than with all visual tokens. The whole answer: ${nats(sum)} nats.`;
   const block = element("div", {}, element("p", { class: "verdict" }, text),
     element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Log-probabilities, ${label}` },
@@ -104,20 +104,19 @@ function allTable(choose) {
     if (!odds || !odds.pruned) return "–";
     return nats(odds.pruned.reduce((sum, value, i) => sum + Number(value) - Number(odds.full[i]), 0));
   };
-  const images = Math.max(1, data.answers[0].kept_indices.length);
   const columns = [
     ["method", (answer) => (answer === fullAnswer ? "all visual tokens"
       : element("button", { class: "link", type: "button", onclick: () => choose(answer) }, answer.pruner))],
     ["budget", (answer) => budgetText(answer.budget)],
-    ["tokens, mean of layers", (answer) => String(Math.round(answer.visual_tokens_kept / images))],
+    ["answer", (answer) => answer.text],
+    ["tokens, mean of layers", (answer) => String(meanTokens(answer))],
     ["first token, ms", (answer) => rounded(answer.ttft_ms.total)],
     ["predicted, ms", (answer) => rounded(answer.predicted_ms && answer.predicted_ms.total)],
     ["cache, MB", (answer) => rounded(answer.cache_bytes / 1e6)],
     ["full answer, nats lost or won", lost],
-    ["answer", (answer) => answer.text],
   ];
   // A column that no answer has anything for is left out.
   const shown = columns.filter(([, cell]) => data.answers.some((answer) => cell(answer) !== "–"));
   return table(shown.map(([heading]) => heading), data.answers.map((answer) => shown.map(([, cell]) => cell(answer))),
-    [0, shown.length - 1]);
+    [0, shown.findIndex(([heading]) => heading === "answer")]);
 }

@@ -89,7 +89,7 @@ function drawFlow(answer, width) {
     const every = Math.ceil((slim ? 26 : 18) * (flow.length - 3) / Math.max(1, right - x[3]));
     if (!isLayer || place.layer % every === 0) {
       svg.append(shape("text", { x: x[i], y: height - 22, class: "quiet", "text-anchor": i ? "middle" : "start" },
-        isLayer ? String(place.layer) : slim && i === 2 ? "proj." : place.name));
+        isLayer ? String(place.layer) : slim && i ? ["", "", "proj."][i] : place.name));
     }
     if (!i || place.tokens !== flow[i - 1].tokens) {
       svg.append(shape("text", { x: x[i] + (i ? 2 : 0), y: top - 8, "text-anchor": i ? "middle" : "start" }, String(place.tokens)));

@@ -53,12 +53,19 @@ function tokensOf(view) {
   return (view.kept || view.size || []).length;
 }
 
-function stepText(step, view) {
+// Of an image, the mean over all layers.
+function meanTokens(answer) {
+  return Math.round(answer.visual_tokens_kept / Math.max(1, data.answers[0].kept_indices.length));
+}
+
+// With `mean`, the tokens that all layers hold on average, where layers hold different numbers.
+function stepText(step, view, mean) {
   const where = step.stage === "decoder"
     ? (step.layer === step.until ? `layer ${step.layer}` : `layers ${step.layer} to ${step.until}`)
     : step.name ? `in ${STAGES[step.stage] || "the features"}` : "nothing was pruned";
   const name = step.name.replace(/, layer \d+$/, "");
-  return `${name ? `${name}, ` : ""}${where}: ${many(tokensOf(view), "token")}`;
+  const average = mean === undefined ? "" : ` (${mean} on average over all layers)`;
+  return `${name ? `${name}, ` : ""}${where}: ${many(tokensOf(view), "token")}${average}`;
 }
 
 // The slot of each patch at a step's view, -1 for none; made once.

@@ -102,10 +102,12 @@ function showPanel(side) {
   side.steps.node.hidden = steps.length < 2;
   side.steps.input.max = steps.length - 1;
   side.steps.input.value = steps.indexOf(steps.find((each) => each.number === step.number));
-  side.steps.shown.textContent = stepText(step, view);
-  side.steps.input.setAttribute("aria-valuetext", stepText(step, view));
+  const mean = answer.layers.length > 1 ? meanTokens(answer) : undefined;
+  const text = stepText(step, view, mean);
+  side.steps.shown.textContent = text;
+  side.steps.input.setAttribute("aria-valuetext", text);
   side.picture.show(images[state.view], data.views[state.view].grid, view, heatOf(side, answer, step, view));
-  if (side.picture.cursor === null) side.readout.textContent = `${stepText(step, view)}.`;
+  if (side.picture.cursor === null) side.readout.textContent = `${text}.`;
   else point(side, Math.min(side.picture.cursor, data.views[state.view].tokens - 1));
 }
 
