@@ -44,13 +44,13 @@ def build_parser() -> Parser:
     parser.epilog = " ".join(EXAMPLE.format(program=parser.prog).split())
     add, count = parser.add_argument, partial(whole_number, 1)
     add("--rows", type=count, nargs="+", default=ROWS, metavar="N",
-        help=f"rows of a prompt (default: {' '.join(map(str, ROWS))})")
+        help="rows of a prompt")
     add("--runs", type=count, default=3, metavar="N", help="timed runs of each, in turns")
     add("--hidden-size", type=count, default=512, metavar="N",
         help=f"features of a row, a multiple of {HEAD_DIM}")
     add("--state-size", type=count, default=16, metavar="N", help="states of a feature")
     add("--every", type=count, nargs="+", default=[2, 4], metavar="R",
-        help="mrss also scans every R-th row (default: 2 4)")
+        help="mrss also scans every R-th row")
     add("--loop-rows", type=partial(whole_number, 0), default=2048, metavar="N",
         help="most rows for which mlx-lm's loop is timed")
     add("--json", type=Path, metavar="FILE", help="write all figures")

@@ -45,6 +45,8 @@ class _HelpFormatter(argparse.HelpFormatter):
         is_unset = default is None or default is False or default == []
         if is_unset or default is argparse.SUPPRESS or "default" in text:
             return text
+        if isinstance(default, list | tuple):
+            return f"{text} (default: {' '.join(map(str, default))})"
         return f"{text} (default: %(default)s)"
 
 
