@@ -76,8 +76,9 @@ def test_every_option_has_a_help_text_its_default_and_its_choices(parser):
             assert action.help, (each.prog, action.dest)
             text = formatter._expand_help(action)
             if not any(action.default is unset for unset in (None, False, argparse.SUPPRESS)):
-                shown = "default" in text and (action.default == [] or str(action.default) in text)
-                assert shown, (each.prog, action.dest)
+                several = isinstance(action.default, list | tuple)
+                default = " ".join(map(str, action.default)) if several else str(action.default)
+                assert "default" in text and default in text, (each.prog, action.dest)
             for choice in action.choices or ():
                 assert str(choice) in each.format_help(), (each.prog, choice)
 
