@@ -7,11 +7,11 @@ import torch
 
 from convert.__main__ import main as convert
 from mlx_vlm_prune import generate
-from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import load
 from mlx_vlm_prune.scenes import CHECKPOINT, HELD_OUT_SEEDS, KINDS, question_set
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
 from torch_ref.models.loading import load_folder
+from torch_ref.train_scenes import main as train_command
 from torch_ref.training.recipes import RECIPES
 from torch_ref.training.scenes import judge, train
 from torch_ref.training.scenes_model import SIZES, Trainee, grow
@@ -51,10 +51,11 @@ def test_layers_that_do_not_divide_are_refused(built_in):
         grown(built_in, 6)
 
 
-def test_steps_of_a_tower_that_stays_are_refused(tmp_path):
-    with pytest.raises(UserError, match="tower_steps must be 0"):
-        train(tmp_path / "run", replace(RECIPES["deep"], tower_steps=5), minutes=9, workers=0)
-    assert not (tmp_path / "run").exists()
+def test_steps_of_a_tower_that_stays_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_command(["--size", "deep", "--tower-steps", "5"])
+    assert stop.value.code == 2
+    assert "--tower-steps must be 0: the tower of a grown" in capsys.readouterr().err
 
 
 def test_it_begins_near_the_answers_that_it_grew_from(built_in):

@@ -14,7 +14,7 @@ from .clusters import distances
 from .contract import Reduction, Signals, weighted_reduction
 from .numerics import cosine, highest
 
-needs: dict[str, str | None] = {"received_attention": "layer", "grid": None}
+needs = {"received_attention": "layer"}
 
 
 def prune(

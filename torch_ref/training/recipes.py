@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from mlx_vlm_prune.checkpoints.errors import UserError
+
 
 @dataclass(frozen=True)
 class ScenesRecipe:
@@ -20,6 +22,11 @@ class ScenesRecipe:
     dense_weight: float = 0.5  # of the patch loss in the second stage
     seed: int = 1
     is_grown: bool = False  # from the built-in model, whose tower stays as it is
+
+    def __post_init__(self) -> None:
+        """Raises UserError for steps of a tower that stays."""
+        if self.is_grown and self.tower_steps:
+            raise UserError("tower_steps must be 0: the tower of a grown model is not trained")
 
 
 # The deep one: the built-in model with twelve layers in place of four, for methods between layers.

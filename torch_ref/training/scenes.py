@@ -193,10 +193,8 @@ class Run:
 def train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> None:
     """Train from OUT/last.pt if it is there; stop after `minutes` or `recipe.steps`.
 
-    Raises UserError where another process trains in OUT, and for steps of a tower that stays.
+    Raises UserError where another process trains in OUT.
     """
-    if recipe.is_grown and recipe.tower_steps:
-        raise UserError("tower_steps must be 0: the tower of a grown model is not trained")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / "run.lock", f"another process is training in {out}; wait for it"):
         _train(out, recipe, minutes, workers)
