@@ -77,4 +77,5 @@ def open_folder(tab: Tab, name: str) -> None:
     folder = tab.page.get_by_label("Folder of a model")
     folder.fill(name)
     folder.press("Enter")
+    folder.blur()  # what was typed is the value now, before the button is clicked
     tab.page.get_by_role("button", name="Open the model").click()
