@@ -62,6 +62,13 @@ def random_mark(row: dict) -> str:
     return " ▲" if low > 0 else " ▼" if high < 0 else ""
 
 
+def _share(rows: dict[int, dict], tokens: int) -> str:
+    """A method's mean accuracy at a budget, with its mark."""
+    if tokens not in rows:
+        return "–"
+    return f"{rows[tokens]['overall']:.1%}{random_mark(rows[tokens])}"
+
+
 def scenes_table(results: Path = RESULTS) -> str:
     """Mean accuracy of the built-in model at each budget, in Markdown."""
     accuracy = scenes(results)
@@ -72,11 +79,7 @@ def scenes_table(results: Path = RESULTS) -> str:
         if name == "none" or name.removesuffix(ENHANCED) in accuracy.keys() - {name}:
             continue
         sides = rows, accuracy.get(name + ENHANCED, {})
-        cells = [
-            f"{side[k]['overall']:.1%}{random_mark(side[k])}" if k in side else "–"
-            for k in budgets
-            for side in sides
-        ]
+        cells = [_share(side, k) for k in budgets for side in sides]
         lines.append([f"`{name}`", *cells])
     table = markdown(heads, "l" + "r" * len(heads[1:]), lines)
     return f"{table}\n\n{_evaluated(read(results, 'scenes'))}"
@@ -107,9 +110,7 @@ def deep_table(results: Path = RESULTS) -> str:
     heads = ["pruner", *(f"{k} tokens: {depth} layers" for k in budgets for depth, _ in layers)]
     lines = []
     for name in deep:
-        sides = [(accuracy.get(name, {}), k) for k in budgets for _, accuracy in layers]
-        cells = [f"{side[k]['overall']:.1%}{random_mark(side[k])}" if k in side else "–"
-                 for side, k in sides]  # fmt: skip
+        cells = [_share(accuracy.get(name, {}), k) for k in budgets for _, accuracy in layers]
         if name != "none":
             lines.append([f"`{name}`", *cells])
     table = markdown(heads, "l" + "r" * len(heads[1:]), lines)
@@ -117,7 +118,7 @@ def deep_table(results: Path = RESULTS) -> str:
     return (
         f"{table}\n\nWith all 196 tokens: {', '.join(full)}. Twelve layers: {result['count']:,}"
         f" questions on {days(result)}, by `python -m mlx_vlm_prune.evaluate --model scenes-deep"
-        " --per-kind 100`."
+        " --per-kind 100 --keep-tokens 98 49 22 --pruner NAME …`."
     )
 
 

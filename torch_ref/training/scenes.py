@@ -190,6 +190,16 @@ class Run:
         return {"loss": loss.item()} | {name: value.item() for name, value in figures.items()}
 
 
+def beginning(recipe: ScenesRecipe) -> Trainee:
+    """The model before its first step."""
+    trainee = Trainee(recipe.dense_weight, SIZES[recipe.size])
+    if recipe.is_grown:
+        grow(trainee.vlm, load_folder(BUILT_IN, torch.device("cpu"))[0])
+        trainee.vlm.tower.requires_grad_(False)
+        trainee.summary.requires_grad_(False)  # it reads the tower alone
+    return trainee
+
+
 def train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> None:
     """Train from OUT/last.pt if it is there; stop after `minutes` or `recipe.steps`.
 
@@ -203,12 +213,7 @@ def train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> None
 def _train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> None:
     torch.manual_seed(recipe.seed)
     device, last = best_device(), out / "last.pt"
-    trainee = Trainee(recipe.dense_weight, SIZES[recipe.size])
-    if recipe.is_grown:
-        grow(trainee.vlm, load_folder(BUILT_IN, torch.device("cpu"))[0])
-        trainee.vlm.tower.requires_grad_(False)
-        trainee.summary.requires_grad_(False)  # it reads the tower alone
-    run = Run(trainee.to(device), recipe, device)
+    run = Run(beginning(recipe).to(device), recipe, device)
     if last.exists():
         run.restore(last)
     is_compiled = device.type == "cuda"
