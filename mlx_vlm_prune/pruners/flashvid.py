@@ -117,11 +117,14 @@ def attended_and_diverse(
 
 def first_frames(x_BTnD: mx.array, cut: float, segments: int) -> mx.array:
     """The number of the first frame of each frame's segment, (B, T)."""
+    B, T = x_BTnD.shape[:2]
+    if T == 1:  # MLX 0.31.0 does not return from sorting an empty array
+        return mx.zeros((B, 1), mx.int32)
     mean_BTD = unit(x_BTnD.mean(axis=2))
     alike_Bt = rounded_cosine((mean_BTD[:, 1:] * mean_BTD[:, :-1]).sum(axis=-1))
     rank_Bt = mx.argsort(mx.argsort(alike_Bt, axis=-1), axis=-1)
     is_cut_Bt = (alike_Bt < cut) | (rank_Bt < segments - 1)
-    frame_t = mx.arange(1, x_BTnD.shape[1])
+    frame_t = mx.arange(1, T)
     first_Bt = mx.where(is_cut_Bt, frame_t, 0)
     return mx.cummax(mx.pad(first_Bt, [(0, 0), (1, 0)]), axis=-1)
 
