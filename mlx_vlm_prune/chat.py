@@ -28,6 +28,7 @@ from .inputs.budget import check_budget
 from .inputs.image import open_image
 from .inputs.image_sources import ImageSource, is_url
 from .inputs.messages import Turn
+from .inputs.video import VideoSource
 from .models.vlm import VLM
 from .pruners.own_methods import register_files
 from .training.generate_options import apply_config
@@ -40,6 +41,7 @@ __all__ = ["Chat", "main"]
 OVERLAY = "kept.png"
 HELP = f"""\
   /image FILE          the next question brings this image; without FILE, none
+  /video FILE          the first question is about this video, and all later ones, too
   /keep 0.25           keep this share of an image's visual tokens; above 1, this number
   /pruner NAME         choose them by another method; none keeps all
   /overlay [FILE.png]  draw what was kept (default: {OVERLAY})
@@ -56,8 +58,8 @@ class Chat:
     print(chat.ask("What is this?", "photo.jpg").text)
     print(chat.ask("What colour is it?").text)
 
-    The options are those of `generate`, but for `num_draft_tokens`; `configure` changes them
-    between two turns. An image goes through the tower once; each turn selects tokens again, from
+    The options are those of `generate`, but for `num_draft_tokens` and `video`; `configure` changes
+    them between two turns. An image goes through the tower once; each turn selects tokens again, from
     all of them, where the method reads words. `rows_reused` is how many rows of the latest prompt
     were not read again because they are as before: the same ids, and the same tokens of the same
     images. A method that prunes between the language model's layers, `restore`, a language model
@@ -80,6 +82,8 @@ class Chat:
         """Change options from the next turn on. Raises UserError for what cannot be."""
         changed: GenerateOptions = {**self.options, **options}
         ratio, tokens = changed.get("keep_ratio"), changed.get("keep_tokens")
+        if changed.get("video") is not None:
+            raise UserError("in a chat a video comes with the first question: ask(text, video=…)")
         if changed.get("num_draft_tokens") is not None:
             raise UserError("num_draft_tokens is not possible in a chat; leave it out")
         check_budget(ratio, tokens)
@@ -93,10 +97,11 @@ class Chat:
         self.options = changed
 
     def clear(self) -> None:
-        """Begin again, without images and turns; the options stay."""
+        """Begin again, without images, video and turns; the options stay."""
         self._conversation.clear()
         self.turns: list[Turn] = []
         self.images: list[Image.Image] = []
+        self.clip: VideoSource | None = None  # opened
         self.result: GenerationResult | None = None
 
     @property
@@ -114,25 +119,36 @@ class Chat:
         text: str,
         image: ImageSource | Sequence[ImageSource] | None = None,
         *,
+        video: VideoSource | None = None,
         verbose: bool = False,
     ) -> GenerationResult:
-        """The whole answer to a question, which may bring new images; as `generate` gives it.
+        """The whole answer to a question, which may bring new images, or, as the first one, a
+        video that all questions are about; as `generate` gives it.
 
         With `verbose` the text is printed as it comes.
         """
-        return read_whole(self.stream(text, image), verbose)
+        return read_whole(self.stream(text, image, video=video), verbose)
 
     def stream(
-        self, text: str, image: ImageSource | Sequence[ImageSource] | None = None
+        self,
+        text: str,
+        image: ImageSource | Sequence[ImageSource] | None = None,
+        *,
+        video: VideoSource | None = None,
     ) -> Generator[GenerationResponse, None, None]:
         """The answer one piece at a time. Of an answer that is not read to its end, the turn has
         what was read."""
         limit = self._pixel_limit
         sources = list_images(image, self.options.get("allow_url", False), limit)
         new = [open_image(source, limit) for source in sources]
-        request = Request(text, [*self.images, *new], history=tuple(self.turns), **self.options)
+        if video is not None and self.turns:
+            raise UserError("a video comes with the first question; begin again")
+        options: Any = {**self.options, "video": video or self.clip, "history": tuple(self.turns)}
+        request = Request(text, [*self.images, *new], **options).with_opened_video()
         request, why = with_method(self._model, self._processor, request, self._why)
         self._why = why or self._why
+        if request.video is not None:
+            self._conversation.check(request)
         pieces: list[str] = []
         try:
             with closing(noting(self._conversation.stream(request), why)) as responses:
@@ -144,6 +160,7 @@ class Chat:
             if pieces:
                 self.turns.append(Turn(text, len(new), "".join(pieces)))
                 self.images += new
+                self.clip = request.video
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -155,14 +172,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         limit = pixel_limit(args.max_pixels, vars(args))
         sources = list_images(args.image, args.allow_url)
         args.image = [open_image(source, limit) for source in sources]
+        options = decoding_options(args)
+        video = Request("", args.image, **options).with_opened_video().video
         model, processor = load_model(args)
         chat = Chat(
             model, processor, pruner=args.pruner, keep_ratio=args.keep_ratio,
             keep_tokens=args.keep_tokens, caution=args.caution, allow_url=args.allow_url,
-            **decoding_options(args),
+            **options | {"video": None},
         )  # fmt: skip
         lines = typed_lines() if sys.stdin.isatty() else piped_lines()
-        Session(chat, processor, args.image).run(lines)
+        Session(chat, processor, args.image, video).run(lines)
 
 
 def typed_lines() -> Iterator[str]:
@@ -190,11 +209,16 @@ def piped_lines() -> Iterator[str]:
 class Session:
     """A chat by lines: questions, and commands that begin with a slash."""
 
-    def __init__(self, chat: Chat, processor: Any, images: Sequence[Image.Image] = ()) -> None:
+    def __init__(
+        self, chat: Chat, processor: Any, images: Sequence[Image.Image] = (),
+        video: VideoSource | None = None,
+    ) -> None:  # fmt: skip
         self.chat, self.processor = chat, processor
         self.new_images = list(images)  # which the next question brings
+        self.new_video = video
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": self.add_image,
+            "/video": self.set_video,
             "/keep": self.set_budget,
             "/pruner": self.set_pruner,
             "/overlay": self.write_overlay,
@@ -229,9 +253,10 @@ class Session:
                 raise UserError(f"there is no {name}; {suggestion(name, self.commands)}")
             self.commands[name](argument.strip().strip("'\""))
         elif line:
-            with closing(self.chat.stream(line, self.new_images)) as responses:
+            seen = self.new_images, self.new_video
+            with closing(self.chat.stream(line, seen[0], video=seen[1])) as responses:
                 for response in responses:
-                    self.new_images = []
+                    self.new_images, self.new_video = [], None
                     print_piece(response.text)
             print()
 
@@ -246,6 +271,13 @@ class Session:
         warn_of_photographs(self.processor, [image])
         self.new_images.append(image)
         print(f"The next question is about {file}.")
+
+    def set_video(self, file: str) -> None:
+        """`/video`: open it now, so that a mistake is named now. Raises UserError."""
+        options: Any = self.chat.options | {"video": expand_home(file) if file else None}
+        self.new_video = Request("", [], **options).with_opened_video().video
+        if file:
+            print(f"The questions are about {file}.")
 
     def set_budget(self, value: str) -> None:
         """`/keep`. Raises UserError."""
@@ -295,7 +327,7 @@ class Session:
 
     def clear(self, argument: str) -> None:
         self.chat.clear()
-        self.new_images = []
+        self.new_images, self.new_video = [], None
         print("The chat begins again.")
 
     def print_help(self, argument: str) -> None:

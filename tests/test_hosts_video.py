@@ -3,14 +3,17 @@
 Shapes: N visual tokens of a clip, L rows, D features.
 """
 
+import io
 import json
 import re
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image
 
-from mlx_vlm_prune import UserError, generate, load
+from mlx_vlm_prune import Chat, UserError, generate, load
+from mlx_vlm_prune.chat import main as chat_main
 from mlx_vlm_prune.generate import main
 from mlx_vlm_prune.hosts.clips import check_clip
 from mlx_vlm_prune.hosts.families import host_of
@@ -214,12 +217,55 @@ def test_unpruned_it_answers_about_a_file_as_mlx_vlm_does(loaded, home, name):
     assert pruned.visual_tokens_kept == pruned.visual_tokens // 2
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_conversation_about_a_clip_is_as_mlx_vlm_reads_it(loaded, home, name):
+    from mlx_vlm import generate as stock_generate
+
+    (model, processor), file = loaded[name], str(home / "clip.avi")
+    chat = Chat(model, processor, pruner="none", fps=3, max_frames=4, max_tokens=4)
+    first, second = chat.ask("w7 w9", video=file), chat.ask("w3")
+    turns = [
+        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "w7 w9"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": first.text.strip()}]},
+        {"role": "user", "content": [{"type": "text", "text": "w3"}]},
+    ]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    theirs = stock_generate(
+        model, processor, text, video=[file], fps=3, max_frames=4, max_tokens=4, temperature=0.0
+    )
+    assert (second.text, second.prompt_tokens) == (theirs.text, theirs.prompt_tokens)
+    chat.configure(pruner="evs", keep_ratio=0.5)
+    third = chat.ask("w5")
+    assert third.visual_tokens == second.visual_tokens == 2 * third.visual_tokens_kept
+    assert chat._conversation.towers.misses == 1, "the tower reads a clip once"
+    for seen, sentence in (
+        ({"video": file}, "a video comes with the first question"),
+        ({"image": Image.new("RGB", (9, 9))}, "a prompt is about a video or about images"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            chat.ask("w5", **seen)
+    assert len(chat.turns) == 3
+    chat.clear()
+    assert chat.ask("w3").visual_tokens == 0
+
+
+def test_a_chat_by_lines_has_a_clip(home, monkeypatch, capsys):
+    lines = f"w7\nw3\n/stats\n/clear\n/video {home / 'none.avi'}\n/video {home / 'clip'}\nw7\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    model = ["--model", str(home / "qwen2_5_vl"), "--max-tokens", "3"]
+    chat_main([*model, "--video", str(home / "clip.avi"), "--pruner", "evs", "--keep-ratio", "0.5"])
+    shown, errors = capsys.readouterr()
+    assert "Kept of each group of frames: " in shown
+    assert f"The questions are about {home / 'clip'}." in shown
+    assert f"error: {home / 'none.avi'} cannot be read" in errors and errors.count("error") == 1
+
+
 @pytest.mark.parametrize("name, more, sentence", [
     ("llava", [], "a llava model answers about no video"),
     ("qwen2_5_vl", ["--pruner", "tome"], "tome cannot prune a clip: inside the tower it works on"),
     ("qwen2_5_vl", ["--pruner", "uniform"], "uniform cannot prune a clip: it works on the grid of"),
     ("qwen3_vl", ["--pruner", "fastv"], "fastv cannot prune a clip: between layers it works on"),
-    ("qwen2_5_vl", ["--image", "a.png"], "a prompt is about a video or about images"),
+    ("qwen2_5_vl", ["--image", __file__], "a prompt is about a video or about images"),
     ("qwen2_5_vl", ["--budget-ms", "9"], "a video's budget is a --keep-ratio or --keep-tokens"),
     ("qwen2_5_vl", ["--prompt", "<|video_pad|>"], r"leave <|video_pad|> out of the prompt"),
     ("qwen2_5_vl", ["--fps", "0"], "--fps is 0.0; it must be above 0 and at most 1000"),
@@ -232,6 +278,10 @@ def test_what_cannot_be_is_refused_in_a_sentence(home, name, more, sentence, cap
 def test_a_model_of_ours_reads_no_video(home):
     with pytest.raises(UserError, match="this model reads no video; give some of its frames"):
         generate(*load(), "is it red ?", video=home / "clip")
+    with pytest.raises(UserError, match="this model reads no video; give some of its frames"):
+        Chat(*load()).ask("is it red ?", video=home / "clip")
+    with pytest.raises(UserError, match="in a chat a video comes with the first question"):
+        Chat(*load(), video=home / "clip")
     for wrong, sentence in ((7, "video is 7; give an MP4"), (b"RIFF", "video is b'RIFF'")):
         with pytest.raises(UserError, match=re.escape(sentence)):
             generate(*load(), "is it red ?", video=wrong)

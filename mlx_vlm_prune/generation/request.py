@@ -1,7 +1,7 @@
 """A request: the prompt, its images, the pruner and its budget, and the sampling arguments."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, TypedDict
 
@@ -12,6 +12,7 @@ from ..inputs.image import MAX_PIXELS, MOST_PIXELS, check_max_pixels
 from ..inputs.image_sources import (
     KINDS_OF_SOURCE,
     ImageSource,
+    check_is_file,
     is_source,
     is_url,
     most_bytes,
@@ -25,6 +26,7 @@ from ..inputs.video import (
     VideoSource,
     check_frame_options,
     check_source,
+    open_video,
 )
 from ..pruners import Pipeline, Pruner
 from ..pruners.contract import Policy
@@ -137,6 +139,15 @@ class Request:
         return {name: value for name, value in options.items() if value is not None}
 
 
+    def with_opened_video(self) -> "Request":
+        """The same, its video opened, so that later turns need not. Raises UserError."""
+        if self.video is None:
+            return self
+        return replace(
+            self, video=open_video(self.video, self.fps, self.max_frames, self.pixel_limit)
+        )
+
+
 def make_request(prompt: str, image: Any, options: Mapping[str, Any]) -> Request:
     """The request with a caller's options, its images as a list. Raises UserError."""
     limit = pixel_limit(options.get("max_pixels"), options.get("host_options"))
@@ -145,15 +156,13 @@ def make_request(prompt: str, image: Any, options: Mapping[str, Any]) -> Request
 
 
 def _check_video(request: Request) -> None:
-    """Raises UserError for what is no clip, or for one beside pictures or in a conversation."""
+    """Raises UserError for what is no clip, or for one beside pictures."""
     check_frame_options(request.fps, request.max_frames)
     if request.video is None:
         return
     check_source(request.video)
     if request.images:
         raise UserError("a prompt is about a video or about images; leave out one of them")
-    if request.history:
-        raise UserError("a video is for one question, not for a conversation")
 
 
 def _check_kinds(request: Request) -> None:
@@ -242,7 +251,7 @@ def list_images(
     bytes. `allow_url` is None where there is no such option. An open file may be as large as an
     image of `max_pixels` needs.
 
-    Raises UserError for what is no image's source.
+    Raises UserError for what is no image's source, and for a path that is no file.
     """
     if image is None:
         return []
@@ -257,6 +266,7 @@ def list_images(
                 f"{source_name(source)} is a URL; set allow_url, or download the image and give its"
                 " path"
             )
+        check_is_file(source)
     return [_fetched(source, allow_url, max_pixels) for source in images]
 
 

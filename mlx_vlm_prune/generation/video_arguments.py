@@ -1,4 +1,4 @@
-"""The options of a video, which `generate` alone has."""
+"""The options of a video, which `generate` and `chat` have."""
 
 import argparse
 from collections.abc import Callable

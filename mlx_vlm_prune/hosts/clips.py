@@ -14,11 +14,19 @@ from PIL import Image
 from ..checkpoints.errors import UserError
 from ..generation.request import Request
 from ..generation.result import GenerationResult
+from ..inputs.messages import Turn
 from ..inputs.video import Clip, open_video
 from ..pruners import Pipeline, Pruner, Stage
 from .host import Host
 from .prepared_inputs import PreparedInputs, ProcessorOptions
-from .prompt_text import check_prompt, messages, processed, rendered, system_turns
+from .prompt_text import (
+    answer_messages,
+    check_prompt,
+    messages,
+    processed,
+    rendered,
+    system_turns,
+)
 from .views import View
 
 VIDEO = "video"  # what stands for its path
@@ -59,7 +67,8 @@ def _why_not(host: Host, step: Pruner) -> str | None:
 def prepare_clip(
     host: Host, request: Request, clip: Clip, options: ProcessorOptions
 ) -> PreparedInputs:
-    """A question about a clip as ids and pixels. Raises UserError."""
+    """A question about a clip as ids and pixels, behind earlier turns, the first of which has the
+    clip. Raises UserError."""
     token = getattr(host.processor, "video_token", None)
     marks = [token] if isinstance(token, str) and token else []
     check_prompt(host, request.prompt, marks)
@@ -67,7 +76,10 @@ def prepare_clip(
     # The template reads no more of the clip than that there is one.
     video = {"video": [VIDEO], "fps": clip.fps}
     turns = system_turns(host, request.system, template_options)
-    turns += messages(host, request.prompt, 0, **template_options, **video)
+    for number, turn in enumerate([*request.history, Turn(request.prompt, 0, "")]):
+        turns += messages(host, turn.question, 0, **template_options, **({} if number else video))
+        if number < len(request.history):
+            turns += answer_messages(host, turn, template_options)
     text = rendered(host, turns, template_options, request.system)
     if [text.count(mark) for mark in marks] != [1]:
         raise UserError(f"the chat template of this {host.kind} model has no place for a video")

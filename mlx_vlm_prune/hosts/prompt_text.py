@@ -70,9 +70,7 @@ def conversation_text(
         turns = system_turns(host, system, options)
         for turn in history:
             turns += messages(host, turn.question, turn.images, **options)
-            turns += messages(
-                host, [{"role": "assistant", "content": turn.answer.strip()}], 0, **options
-            )
+            turns += answer_messages(host, turn, options)
         turns += messages(host, prompt, images - sum(turn.images for turn in history), **options)
     if not all(isinstance(message, dict) for message in turns):
         if not history:
@@ -90,6 +88,12 @@ def messages(host: Host, turn: Any, images: int, **options: Any) -> list[Any]:
         None, config, turn, return_messages=True, num_images=images, **options
     )
     return parts
+
+
+def answer_messages(host: Host, turn: Turn, options: Mapping[str, Any]) -> list[Any]:
+    """The messages of an earlier answer."""
+    message = {"role": "assistant", "content": turn.answer.strip()}
+    return messages(host, [message], 0, **options)
 
 
 def system_turns(host: Host, system: str | None, options: Mapping[str, Any]) -> list[Any]:

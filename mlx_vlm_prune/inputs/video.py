@@ -23,7 +23,6 @@ from .image_files import check_file
 from .image_sources import ImageSource, file_bytes, is_source, most_bytes
 
 logger = logging.getLogger("mlx_vlm_prune")
-VideoSource = str | os.PathLike[str] | Sequence[ImageSource]
 DEFAULT_FPS, DEFAULT_MAX_FRAMES = 2.0, 32
 MOST_FPS, MOST_FRAMES = 1000, 768  # mlx-vlm takes no more frames by itself
 FEWEST_FRAMES = 4  # of a file, where it has as many
@@ -64,6 +63,9 @@ class Clip:
         return Clip([f.resize(size) for f in self.frames], self.numbers, self.total, self.fps)
 
 
+VideoSource = str | os.PathLike[str] | Sequence[ImageSource] | Clip
+
+
 def check_frame_options(fps: Any, max_frames: Any) -> None:
     """Raises UserError for what is no rate or no number of frames."""
     is_rate = isinstance(fps, int | float) and not isinstance(fps, bool) and 0 < fps <= MOST_FPS
@@ -78,7 +80,7 @@ def check_frame_options(fps: Any, max_frames: Any) -> None:
 def check_source(video: Any) -> None:
     """Raises UserError for what is neither a path nor a list of frames."""
     is_list = isinstance(video, Sequence) and not isinstance(video, bytes | bytearray | str)
-    if isinstance(video, str | os.PathLike) or (is_list and all(map(is_source, video))):
+    if isinstance(video, str | os.PathLike | Clip) or (is_list and all(map(is_source, video))):
         return
     raise UserError(f"video is {short(video)}; give {KINDS_OF_VIDEO}, or a list of frames")
 
@@ -87,7 +89,7 @@ def open_video(
     source: VideoSource, fps: float = DEFAULT_FPS, max_frames: int = DEFAULT_MAX_FRAMES,
     max_pixels: int = MAX_PIXELS,
 ) -> Clip:  # fmt: skip
-    """At most `max_frames` frames of a clip, each of at most `max_pixels`.
+    """At most `max_frames` frames of a clip, each of at most `max_pixels`; a Clip as it is.
 
     Of a file `fps` frames a second are taken. The pictures of a folder or a list are all taken, as
     `fps` a second. Where that is more than `max_frames`, these are spread evenly.
@@ -95,6 +97,8 @@ def open_video(
     Raises UserError, one sentence that names the path: no such file, nothing that can be read,
     frames of several sizes, too many pixels.
     """
+    if isinstance(source, Clip):
+        return source
     if not isinstance(source, str | os.PathLike):
         return _from_pictures([*source], "the list of frames", fps, max_frames, max_pixels)
     path = Path(source)
