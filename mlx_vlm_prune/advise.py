@@ -7,6 +7,8 @@ evaluation of this model gives the frontier of methods.
 
 import argparse
 import json
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +17,9 @@ from typing import Any
 from .checkpoints.command_line import Parser, in_one_sentence
 from .checkpoints.errors import UserError
 from .checkpoints.reading.files import check_target, read_json, write_atomically
+from .generation.photographs import warn_of_photographs
 from .hosts.loading import load
+from .inputs.image_sources import check_is_file
 from .machine.hardware import describe_machine, versions
 from .machine.remembered import FEWEST, remembered
 from .models.loading import DTYPES
@@ -45,6 +49,7 @@ class Advice:
     date: str = ""  # when they were asked
     full: float = 1.0  # their score with all tokens
     inside_tower: str = ""  # what is said of methods there where their time is not predicted
+    image: str = "photo.jpg"  # in the commands, quoted for a shell
 
     @property
     def lines(self) -> list[str]:
@@ -106,7 +111,7 @@ class Advice:
         if speedup < LEAST_SPEEDUP:
             return f"Advice: do not prune; at best it would be {speedup:.2f} x as fast here."
         safe = [row for row in self.frontier if self._is_safe(row)]
-        command = f"mlx-vlm-prune generate{self._model} --image photo.jpg --prompt '…'"
+        command = f"mlx-vlm-prune generate{self._model} --image {self.image} --prompt '…'"
         if not self.frontier and not self.count:
             return f"Advice: evaluate first; then {command} --keep-ratio 0.25"
         if self.count < FEWEST or self.full <= 0:
@@ -177,7 +182,7 @@ def load_evaluation(folder: Path | None, file: Path | None) -> dict[str, Any]:
 def advise(
     model: Any, processor: Any, image: Any, evaluation: Mapping[str, Any], name: str | None = None
 ) -> Advice:
-    """Measure the model, which takes some seconds and shows progress, and add the frontier.
+    """Measure the model, which takes seconds to minutes and shows progress, and add the frontier.
 
     `name` is what the user calls a model of mlx-vlm's; else it is its folder.
     """
@@ -195,6 +200,7 @@ def advise(
         str(evaluation.get("questions", "")),
         int(evaluation.get("count", 0)), str(evaluation.get("date", "")), max(full, default=0.0),
         measured.inside_tower,
+        shlex.quote(str(image)) if isinstance(image, str | os.PathLike) else "photo.jpg",
     )  # fmt: skip
 
 
@@ -226,9 +232,13 @@ def run(args: argparse.Namespace) -> None:
     """Load the model, measure, print and write."""
     if args.json:
         check_target(args.json, replace=True)
+    if args.image:
+        check_is_file(args.image)
     model, processor = load(args.model, dtype=args.dtype)
     folder = processor.folder if isinstance(model, VLM) else model.model_path
     evaluation = load_evaluation(folder, args.evaluation)
+    if args.image:
+        warn_of_photographs(processor, [args.image])
     image = args.image or compose(SAMPLE_SEED).image()
     advice = advise(model, processor, image, evaluation, args.model)
     print("\n".join(advice.lines))

@@ -183,3 +183,12 @@ def test_the_cache_bytes_are_those_of_generate(home):
     fewer = generate(model, processor, "What is this?", picture, pruner="random",
                      keep_tokens=4, max_tokens=1)  # fmt: skip
     assert measured.cache_bytes[1] == fewer.cache_bytes
+
+
+def test_the_command_to_copy_names_the_image_that_was_measured(home, tmp_path):
+    place = tmp_path / "my photo.png"
+    Image.new("RGB", (80, 80), "red").save(place)
+    measured = advise(*load(home / "mlx"), place, {})
+    assert measured.image == f"'{place}'"
+    command = replace(measured, times=TIMES).recommendation
+    assert f" --image '{place}' --prompt" in command

@@ -286,3 +286,13 @@ def test_several_methods_and_budgets_are_given_at_once_or_one_by_one(command):
     for argv in (at_once, by_turns):
         args = parser.parse_args(argv)
         assert (args.pruner, args.keep_tokens) == (["norm", "tome"], [9, 5])
+
+
+@pytest.mark.parametrize("command", ["generate", "explore", "sweep", "chat", "advise"])
+def test_an_image_that_is_absent_is_named_before_a_model_is_looked_for(command, capsys):
+    module = importlib.import_module(f"mlx_vlm_prune.{command}")
+    prompt = [] if command in ("chat", "advise") else ["--prompt", "x"]
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--model", "nobody/none", "--image", "nowhere.png", *prompt])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: there is no image file nowhere.png\n"

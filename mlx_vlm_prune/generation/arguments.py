@@ -66,6 +66,7 @@ def build_chat_parser() -> Parser:
     _add_config(_add_model(parser))
     add = parser.add_argument_group("images and prompt").add_argument
     _add_image(add, OF_RESIZED)
+    add_video(add)
     _add_template_config(add)
     add = parser.add_argument_group("pruning").add_argument
     _add_pruner(add)
@@ -119,8 +120,8 @@ def build_explore_parser(methods: Sequence[str], ratios: Sequence[float]) -> Par
     add = parser.add_argument_group("page").add_argument
     add("--max-tokens", "-m", type=int, default=64, metavar="N", help="longest answer, in tokens")
     add("--predict", action=argparse.BooleanOptionalAction, default=True,
-        help="also predict times: for models of this package by a calibration of each method, which"
-        " takes some seconds and is stored, for mlx-vlm's from counted operations")
+        help="also predict times: for models of this package by a calibration of each method (seconds,"
+        " or minutes for a large model; stored), for mlx-vlm's from counted operations")
     add("--out", type=Path, default=Path("explore.html"), metavar="FILE.html",
         help="the page; an existing file is replaced")
     return parser

@@ -144,13 +144,23 @@ def _data_of_uri(uri: str) -> bytes:
         raise UserError(f"the data URI is damaged: {problem}") from problem
 
 
-def _read(path: str | os.PathLike[str], name: str, most: int) -> bytes:
-    if not os.path.exists(path):
+def check_is_file(source: ImageSource) -> None:
+    """Raises UserError for a path that is no file; other sources pass."""
+    if not isinstance(source, str | os.PathLike) or is_url(source):
+        return
+    name = source_name(source)
+    if name == "the data URI":
+        return
+    if not os.path.exists(source):
         raise UserError(f"there is no image file {name}")
-    if os.path.isdir(path):
+    if os.path.isdir(source):
         raise UserError(f"{name} is a directory, not an image file")
-    if not os.path.isfile(path):  # a pipe or a device may never end
+    if not os.path.isfile(source):  # a pipe or a device may never end
         raise UserError(f"{name} is not a regular file")
+
+
+def _read(path: str | os.PathLike[str], name: str, most: int) -> bytes:
+    check_is_file(path)
     if (size := os.path.getsize(path)) > most:
         raise UserError(f"{name} has {size} bytes; of an image at most {most} are read")
     try:

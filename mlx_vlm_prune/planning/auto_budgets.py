@@ -16,7 +16,7 @@ from .budgets import BudgetChoice, check_free_budget
 
 logger = logging.getLogger("mlx_vlm_prune")
 FIRST_SHARE = 0.25  # of the tokens, by which the first method is chosen
-MOST_METHODS = 3  # after the tower, each of which may be calibrated, some seconds
+MOST_METHODS = 3  # after the tower, each of which may be calibrated, seconds to minutes
 
 
 def first_method(model: Any, processor: Any, is_batched: bool = False) -> AutoChoice:

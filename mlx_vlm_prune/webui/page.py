@@ -89,7 +89,7 @@ class Page:
                 )  # fmt: skip
                 self.ms = gr.Number(
                     DEFAULT_MS, label="Time to the first token, ms", visible=False, minimum=1,
-                    info="predicted from a calibration of this machine: some seconds, once",
+                    info="predicted from a calibration of this machine: seconds or minutes, once",
                     elem_id="ms",
                 )  # fmt: skip
 
@@ -257,7 +257,10 @@ def explanation(spec: str | None) -> str:
     if spec == AUTO:
         return AUTO_EXPLAINED
     names = [part.partition(":")[0] for part in PRESETS.get(spec or "", spec or "").split("+")]
-    return " Then: ".join(METHODS[name].summary for name in names if name in METHODS)
+    steps = [METHODS[name].summary for name in names if name in METHODS]
+    if len(steps) == 1:
+        return steps[0]
+    return " ".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
 
 
 def budget_of(pruner: str | None, unit: str, percent: float, ms: float | None) -> TokenBudget:

@@ -96,7 +96,8 @@ function showPanel(side) {
   const step = stepOf(side, answer);
   const view = step.views[state.view];
   const names = side.method === "none" ? [] : side.method.replace(/ \(\d+\)$/, "").split("+").map((spec) => spec.split(":")[0]);
-  side.about.textContent = names.filter((name) => data.methods[name]).map((name) => data.methods[name].title).join(" Then: ");
+  const titles = names.filter((name) => data.methods[name]).map((name) => data.methods[name].title);
+  side.about.textContent = titles.length > 1 ? titles.map((title, i) => `${i + 1}. ${title}`).join(" ") : titles.join("");
   side.note.textContent = why;
   side.note.hidden = !why;
   side.steps.node.hidden = steps.length < 2;
@@ -221,8 +222,9 @@ function start() {
   fill("refused", ...data.refused.map((row) => element("p", { class: "quiet" },
     `${row.pruner}${row.budget ? `, ${budgetText(row.budget)}` : ""} was refused: ${row.why}`)));
   const versions = Object.entries(data.versions).filter(([, version]) => version).map(([name, version]) => `${name} ${version}`);
-  byId("machine").textContent = `${data.machine.system}, ${data.machine.cpu}. ${versions.join(", ")}. Units: `
-    + `${Object.entries(data.units).map(([name, unit]) => `${name} in ${unit}`).join("; ")}.`;
+  const units = Object.entries(data.units).map(([name, unit]) => `${name} in ${unit}`).join("; ");
+  fill("machine", `${data.machine.system}, ${data.machine.cpu}. ${versions.join(", ")}.`,
+    element("details", {}, element("summary", {}, "Units of the data"), `${units}.`));
   const themes = { automatic: "light", light: "dark", dark: "automatic" };
   let theme = "automatic";
   byId("theme").addEventListener("click", () => {
