@@ -41,7 +41,7 @@ __all__ = ["Chat", "main"]
 OVERLAY = "kept.png"
 HELP = f"""\
   /image FILE          the next question brings this image; without FILE, none
-  /video FILE          the first question is about this video, and all later ones, too
+  /video FILE          the first question brings this video; all are about it
   /keep 0.25           keep this share of an image's visual tokens; above 1, this number
   /pruner NAME         choose them by another method; none keeps all
   /overlay [FILE.png]  draw what was kept (default: {OVERLAY})
@@ -59,10 +59,10 @@ class Chat:
     print(chat.ask("What colour is it?").text)
 
     The options are those of `generate`, but for `num_draft_tokens` and `video`; `configure` changes
-    them between two turns. An image goes through the tower once; each turn selects tokens again, from
-    all of them, where the method reads words. `rows_reused` is how many rows of the latest prompt
-    were not read again because they are as before: the same ids, and the same tokens of the same
-    images. A method that prunes between the language model's layers, `restore`, a language model
+    them between two turns. An image goes through the tower once; each turn selects tokens again,
+    from all of them, where the method reads words. `rows_reused` is how many rows of the latest
+    prompt were not read again because they are as before: the same ids, and the same tokens of the
+    same images. A method that prunes between the language model's layers, `restore`, a language model
     without attention and mlx-vlm's models read all rows in every turn. `turns` has the questions
     and answers, `images` all images so far, `result` the latest whole answer.
     Raises UserError, after which the conversation is as it was.

@@ -120,8 +120,8 @@ def build_explore_parser(methods: Sequence[str], ratios: Sequence[float]) -> Par
     add = parser.add_argument_group("page").add_argument
     add("--max-tokens", "-m", type=int, default=64, metavar="N", help="longest answer, in tokens")
     add("--predict", action=argparse.BooleanOptionalAction, default=True,
-        help="also predict times: for models of this package by a calibration of each method (seconds,"
-        " or minutes for a large model; stored), for mlx-vlm's from counted operations")
+        help="also predict times: for models of this package by a calibration of each method"
+        " (seconds, or minutes for a large model; stored), for mlx-vlm's from counted operations")
     add("--out", type=Path, default=Path("explore.html"), metavar="FILE.html",
         help="the page; an existing file is replaced")
     return parser

@@ -138,7 +138,6 @@ class Request:
         options = self.host_options or {}
         return {name: value for name, value in options.items() if value is not None}
 
-
     def with_opened_video(self) -> "Request":
         """The same, its video opened, so that later turns need not. Raises UserError."""
         if self.video is None:

@@ -196,8 +196,8 @@ def keep_within(
     """The largest K that keeps the time to the first token within `ms` (in 19 of 20 runs), and
     the memory's peak within `gb` for an answer of up to `max_tokens`; N where no K does.
 
-    Without `calibration` the saved one is used, or a new one, which takes seconds to minutes and shows
-    progress. Raises UserError: no budget, nothing to prune, or a method that has no K to choose.
+    Without `calibration` the saved one is used, or a new one, which takes seconds or minutes and
+    shows progress. Raises UserError: no budget, nothing to prune, or a method that has no K to choose.
     """
     budget, pipeline = Budget(ms, gb), pipeline_for(model, pruner)
     check_free_budget(pipeline, model.N)
