@@ -62,9 +62,9 @@ class Chat:
     them between two turns. An image goes through the tower once; each turn selects tokens again,
     from all of them, where the method reads words. `rows_reused` is how many rows of the latest
     prompt were not read again because they are as before: the same ids, and the same tokens of the
-    same images. A method that prunes between the language model's layers, `restore`, a language model
-    without attention and mlx-vlm's models read all rows in every turn. `turns` has the questions
-    and answers, `images` all images so far, `result` the latest whole answer.
+    same images. A method that prunes between the language model's layers, `restore`, a language
+    model without attention and mlx-vlm's models read all rows in every turn. `turns` has the
+    questions and answers, `images` all images so far, `result` the latest whole answer.
     Raises UserError, after which the conversation is as it was.
     """
 

@@ -197,7 +197,8 @@ def keep_within(
     the memory's peak within `gb` for an answer of up to `max_tokens`; N where no K does.
 
     Without `calibration` the saved one is used, or a new one, which takes seconds or minutes and
-    shows progress. Raises UserError: no budget, nothing to prune, or a method that has no K to choose.
+    shows progress. Raises UserError: no budget, nothing to prune, or a method that has no K to
+    choose.
     """
     budget, pipeline = Budget(ms, gb), pipeline_for(model, pruner)
     check_free_budget(pipeline, model.N)

@@ -48,8 +48,8 @@ def keep_within(
     K does. An image that has fewer than K keeps all.
 
     Without `calibration` the saved one is used, or a new one, which takes seconds or minutes and
-    shows progress. Raises UserError: no image, nothing to prune, a method that has no K to choose, a
-    budget of memory beside an option that makes the cache smaller, or a calibration of other
+    shows progress. Raises UserError: no image, nothing to prune, a method that has no K to choose,
+    a budget of memory beside an option that makes the cache smaller, or a calibration of other
     processor options.
     """
     for name in SMALLER_CACHE:
