@@ -127,6 +127,8 @@ $(LMMS_EVAL)/.ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
 		-e '.[lmms-eval,mlx-vlm,serve]' pytest pytest-timeout hypothesis
+	@# lmms-eval brings torchvision. One built for CUDA fails beside a torch for CPUs; tests need none.
+	$(@D)/bin/python -m pip uninstall -q -y torchvision
 	touch $@
 
 $(BIN)/python:

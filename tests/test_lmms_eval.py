@@ -182,6 +182,7 @@ def test_the_pages_commands_run_the_direct_one_and_the_one_through_the_server(
         for n, command in enumerate((direct, through_server)):
             words = [word.replace("8080", str(server.port)) for word in command[2:]]
             words[words.index("--tasks") + 1] = "scenes_answered"
+            words[words.index("--output_path") + 1] = str(tmp_path / str(n))
             if "--limit" in words:
                 words[words.index("--limit") + 1] = "4"
             place = words.index("--model_args") + 1
