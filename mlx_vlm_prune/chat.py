@@ -28,7 +28,7 @@ from .inputs.budget import check_budget
 from .inputs.image import open_image
 from .inputs.image_sources import ImageSource, is_url
 from .inputs.messages import Turn
-from .inputs.video import VideoSource
+from .inputs.video import Clip, VideoSource
 from .models.vlm import VLM
 from .pruners.own_methods import register_files
 from .training.generate_options import apply_config
@@ -41,18 +41,18 @@ __all__ = ["Chat", "main"]
 OVERLAY = "kept.png"
 HELP = f"""\
   /image FILE          the next question brings this image; without FILE, none
-  /video FILE          the first question brings this video; all are about it
+  /video FILE          before the first question: all questions are about this video
   /keep 0.25           keep this share of an image's visual tokens; above 1, this number
   /pruner NAME         choose them by another method; none keeps all
   /overlay [FILE.png]  draw what was kept (default: {OVERLAY})
   /stats               figures of the latest answer
-  /clear               begin again, without images
+  /clear               begin again, without images and video
   /help                this list
   /quit                end, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 class Chat:
-    """Several turns about images, each answered with fewer visual tokens.
+    """Several turns about images or a video, each answered with fewer visual tokens.
 
     chat = Chat(model, processor, pruner="cdpruner", keep_ratio=0.25)
     print(chat.ask("What is this?", "photo.jpg").text)
@@ -65,6 +65,7 @@ class Chat:
     same images. A method that prunes between the language model's layers, `restore`, a language
     model without attention and mlx-vlm's models read all rows in every turn. `turns` has the
     questions and answers, `images` all images so far, `result` the latest whole answer.
+    All turns are about `clip`, if there is one, as it was when it was opened.
     Raises UserError, after which the conversation is as it was.
     """
 
@@ -75,6 +76,7 @@ class Chat:
         )
         self._model, self._processor, self.options = model, processor, GenerateOptions()
         self._why: Why | None = None  # the latest choice of `auto`
+        self.clip: Clip | None = None
         self.configure(**options)
         self.clear()
 
@@ -83,25 +85,40 @@ class Chat:
         changed: GenerateOptions = {**self.options, **options}
         ratio, tokens = changed.get("keep_ratio"), changed.get("keep_tokens")
         if changed.get("video") is not None:
-            raise UserError("in a chat a video comes with the first question: ask(text, video=…)")
+            raise UserError("in a chat set_video opens a video, before the first question")
         if changed.get("num_draft_tokens") is not None:
             raise UserError("num_draft_tokens is not possible in a chat; leave it out")
         check_budget(ratio, tokens)
         is_budget = tokens is not None or ratio not in (None, 1)
         if is_budget and changed.get("pruner") == "none":
             raise UserError("a budget needs a pruner other than none, for example auto")
-        request = Request("", [], **changed)
+        options_now: Any = {**changed, "video": self.clip}
+        self._check(Request("", [], **options_now))
+        self.options = changed
+
+    def _check(self, request: Request) -> None:
         if is_auto(self._model, request):  # chosen in each turn
             request = replace(request, pruner="none", keep_ratio=None, keep_tokens=None)
         self._conversation.check(request)
-        self.options = changed
+
+    def set_video(self, video: VideoSource | None) -> None:
+        """The video that all questions will be about; None for none. Raises UserError after a
+        question, and for a model or a method that reads no video."""
+        self.clip = self._opened(video)
+
+    def _opened(self, video: VideoSource | None) -> Clip | None:
+        if self.turns:
+            raise UserError("a video comes before the first question; begin again")
+        options: Any = {**self.options, "video": video}
+        self._check(request := Request("", [], **options))
+        return request.open_video()
 
     def clear(self) -> None:
         """Begin again, without images, video and turns; the options stay."""
         self._conversation.clear()
         self.turns: list[Turn] = []
         self.images: list[Image.Image] = []
-        self.clip: VideoSource | None = None  # opened
+        self.clip = None
         self.result: GenerationResult | None = None
 
     @property
@@ -130,25 +147,19 @@ class Chat:
         return read_whole(self.stream(text, image, video=video), verbose)
 
     def stream(
-        self,
-        text: str,
-        image: ImageSource | Sequence[ImageSource] | None = None,
-        *,
+        self, text: str, image: ImageSource | Sequence[ImageSource] | None = None, *,
         video: VideoSource | None = None,
-    ) -> Generator[GenerationResponse, None, None]:
+    ) -> Generator[GenerationResponse, None, None]:  # fmt: skip
         """The answer one piece at a time. Of an answer that is not read to its end, the turn has
         what was read."""
         limit = self._pixel_limit
         sources = list_images(image, self.options.get("allow_url", False), limit)
         new = [open_image(source, limit) for source in sources]
-        if video is not None and self.turns:
-            raise UserError("a video comes with the first question; begin again")
-        options: Any = {**self.options, "video": video or self.clip, "history": tuple(self.turns)}
-        request = Request(text, [*self.images, *new], **options).with_opened_video()
+        clip = self.clip if video is None else self._opened(video)
+        options: Any = {**self.options, "video": clip, "history": tuple(self.turns)}
+        request = Request(text, [*self.images, *new], **options)
         request, why = with_method(self._model, self._processor, request, self._why)
         self._why = why or self._why
-        if request.video is not None:
-            self._conversation.check(request)
         pieces: list[str] = []
         try:
             with closing(noting(self._conversation.stream(request), why)) as responses:
@@ -160,7 +171,7 @@ class Chat:
             if pieces:
                 self.turns.append(Turn(text, len(new), "".join(pieces)))
                 self.images += new
-                self.clip = request.video
+                self.clip = clip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -173,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sources = list_images(args.image, args.allow_url)
         args.image = [open_image(source, limit) for source in sources]
         options = decoding_options(args)
-        video = Request("", args.image, **options).with_opened_video().video
+        video = Request("", args.image, **options).open_video()
         model, processor = load_model(args)
         chat = Chat(
             model, processor, pruner=args.pruner, keep_ratio=args.keep_ratio,
@@ -181,14 +192,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             **options | {"video": None},
         )  # fmt: skip
         lines = typed_lines() if sys.stdin.isatty() else piped_lines()
-        Session(chat, processor, args.image, video).run(lines)
+        chat.set_video(video)
+        Session(chat, processor, args.image).run(lines)
 
 
 def typed_lines() -> Iterator[str]:
     """Lines from a terminal, with a history where Python has readline; Ctrl-D ends them."""
     with suppress(ImportError):
         import readline  # noqa: F401 - `input` uses it
-    print("Ask about the images; /help lists what else a line can be, /quit ends.")
+    print("Ask about the images or the video; /help lists what else a line can be, /quit ends.")
     while True:
         try:
             yield input(">> ")
@@ -209,13 +221,9 @@ def piped_lines() -> Iterator[str]:
 class Session:
     """A chat by lines: questions, and commands that begin with a slash."""
 
-    def __init__(
-        self, chat: Chat, processor: Any, images: Sequence[Image.Image] = (),
-        video: VideoSource | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, chat: Chat, processor: Any, images: Sequence[Image.Image] = ()) -> None:
         self.chat, self.processor = chat, processor
         self.new_images = list(images)  # which the next question brings
-        self.new_video = video
         self.commands: dict[str, Callable[[str], None]] = {
             "/image": self.add_image,
             "/video": self.set_video,
@@ -253,10 +261,9 @@ class Session:
                 raise UserError(f"there is no {name}; {suggestion(name, self.commands)}")
             self.commands[name](argument.strip().strip("'\""))
         elif line:
-            seen = self.new_images, self.new_video
-            with closing(self.chat.stream(line, seen[0], video=seen[1])) as responses:
+            with closing(self.chat.stream(line, self.new_images)) as responses:
                 for response in responses:
-                    self.new_images, self.new_video = [], None
+                    self.new_images = []
                     print_piece(response.text)
             print()
 
@@ -265,6 +272,8 @@ class Session:
         if not file:
             self.new_images = []
             return
+        if self.chat.clip:
+            raise UserError("this chat is about a video; /clear begins again")
         place = file if is_url(file) else expand_home(file)
         [source] = list_images(place, self.chat.options.get("allow_url", False))
         image = open_image(source, self.chat._pixel_limit)
@@ -273,11 +282,11 @@ class Session:
         print(f"The next question is about {file}.")
 
     def set_video(self, file: str) -> None:
-        """`/video`: open it now, so that a mistake is named now. Raises UserError."""
-        options: Any = self.chat.options | {"video": expand_home(file) if file else None}
-        self.new_video = Request("", [], **options).with_opened_video().video
-        if file:
-            print(f"The questions are about {file}.")
+        """`/video`. Raises UserError."""
+        if self.new_images:
+            raise UserError("the next question has images; /image without a file drops them")
+        self.chat.set_video(expand_home(file) if file else None)
+        print(f"The questions are about {file or 'no video'}.")
 
     def set_budget(self, value: str) -> None:
         """`/keep`. Raises UserError."""
@@ -327,7 +336,7 @@ class Session:
 
     def clear(self, argument: str) -> None:
         self.chat.clear()
-        self.new_images, self.new_video = [], None
+        self.new_images = []
         print("The chat begins again.")
 
     def print_help(self, argument: str) -> None:

@@ -239,25 +239,49 @@ def test_a_conversation_about_a_clip_is_as_mlx_vlm_reads_it(loaded, home, name):
     assert third.visual_tokens == second.visual_tokens == 2 * third.visual_tokens_kept
     assert chat._conversation.towers.misses == 1, "the tower reads a clip once"
     for seen, sentence in (
-        ({"video": file}, "a video comes with the first question"),
+        ({"video": file}, "a video comes before the first question"),
         ({"image": Image.new("RGB", (9, 9))}, "a prompt is about a video or about images"),
     ):
         with pytest.raises(UserError, match=sentence):
             chat.ask("w5", **seen)
     assert len(chat.turns) == 3
     chat.clear()
+    for wrong in ([], np.zeros((2, 9, 9, 3))):
+        with pytest.raises(UserError, match=r"the list of frames has no pictures|of type ndarray"):
+            chat.ask("w5", video=wrong)
     assert chat.ask("w3").visual_tokens == 0
 
 
 def test_a_chat_by_lines_has_a_clip(home, monkeypatch, capsys):
-    lines = f"w7\nw3\n/stats\n/clear\n/video {home / 'none.avi'}\n/video {home / 'clip'}\nw7\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    lines = [
+        "w7", "w3", "/stats", "/pruner tome", f"/video {home / 'clip'}", "/image a.png", "/clear",
+        f"/video {home / 'none.avi'}", f"/video {home / 'clip'}", "/video",
+        f"/video {home / 'clip'}", "w7", "/stats",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     model = ["--model", str(home / "qwen2_5_vl"), "--max-tokens", "3"]
-    chat_main([*model, "--video", str(home / "clip.avi"), "--pruner", "evs", "--keep-ratio", "0.5"])
+    chat_main([*model, "--video", str(home / "clip.avi"), "--keep-ratio", "0.5"])
     shown, errors = capsys.readouterr()
-    assert "Kept of each group of frames: " in shown
-    assert f"The questions are about {home / 'clip'}." in shown
-    assert f"error: {home / 'none.avi'} cannot be read" in errors and errors.count("error") == 1
+    assert shown.count("Kept of each group of frames: ") == 2
+    assert shown.count(f"The questions are about {home / 'clip'}.") == 2
+    assert "The questions are about no video." in shown
+    sentences = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert [sentence[:41] for sentence in sentences] == [
+        "error: tome cannot prune a clip: inside t", "error: a video comes before the first que",
+        "error: this chat is about a video; /clear", f"error: {home / 'none.avi'}"[:41],
+    ]  # fmt: skip
+    assert errors.count("auto: vidcom2: ") == 1, "the reason of a choice is printed once"
+
+
+@pytest.mark.parametrize("name, more, sentence", [
+    ("llava", [], "a llava model answers about no video"),
+    ("qwen2_5_vl", ["--pruner", "tome"], "tome cannot prune a clip: inside the tower it works on"),
+    ("qwen2_5_vl", ["--video", "none.mp4"], "none.mp4 cannot be read"),
+])  # fmt: skip
+def test_a_chat_that_cannot_have_a_clip_does_not_begin(home, name, more, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        chat_main(["--model", str(home / name), "--video", str(home / "clip"), *more])
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, more, sentence", [
@@ -280,7 +304,7 @@ def test_a_model_of_ours_reads_no_video(home):
         generate(*load(), "is it red ?", video=home / "clip")
     with pytest.raises(UserError, match="this model reads no video; give some of its frames"):
         Chat(*load()).ask("is it red ?", video=home / "clip")
-    with pytest.raises(UserError, match="in a chat a video comes with the first question"):
+    with pytest.raises(UserError, match="in a chat set_video opens a video"):
         Chat(*load(), video=home / "clip")
     for wrong, sentence in ((7, "video is 7; give an MP4"), (b"RIFF", "video is b'RIFF'")):
         with pytest.raises(UserError, match=re.escape(sentence)):

@@ -22,8 +22,8 @@ from .video_arguments import add_video, video_options
 DESCRIPTION = """Answer a prompt about images with fewer visual tokens. Without a model, an image
 and a prompt the built-in model answers a sample question, with all visual tokens and with half."""
 
-CHAT_DESCRIPTION = """Ask several questions about images, one per line; /help lists the other
-commands. You can add images and change the pruning between two questions."""
+CHAT_DESCRIPTION = """Ask several questions about images or a video, one per line; /help lists
+the other commands. You can add images and change the pruning between two questions."""
 
 SWEEP_DESCRIPTION = """Measure methods at several budgets on your own images and compare them with
 answers with all visual tokens; both alternate. Without an image: a drawn scene."""

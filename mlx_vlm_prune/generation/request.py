@@ -1,7 +1,7 @@
 """A request: the prompt, its images, the pruner and its budget, and the sampling arguments."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypedDict
 
@@ -23,6 +23,7 @@ from ..inputs.messages import Turn
 from ..inputs.video import (
     DEFAULT_FPS,
     DEFAULT_MAX_FRAMES,
+    Clip,
     VideoSource,
     check_frame_options,
     check_source,
@@ -138,13 +139,11 @@ class Request:
         options = self.host_options or {}
         return {name: value for name, value in options.items() if value is not None}
 
-    def with_opened_video(self) -> "Request":
-        """The same, its video opened, so that later turns need not. Raises UserError."""
+    def open_video(self) -> Clip | None:
+        """Its video, if it has one. Raises UserError."""
         if self.video is None:
-            return self
-        return replace(
-            self, video=open_video(self.video, self.fps, self.max_frames, self.pixel_limit)
-        )
+            return None
+        return open_video(self.video, self.fps, self.max_frames, self.pixel_limit)
 
 
 def make_request(prompt: str, image: Any, options: Mapping[str, Any]) -> Request:

@@ -61,7 +61,8 @@ def with_method(
     check_budget(request.keep_ratio, request.keep_tokens)
     if request.video is not None:
         choice = choose_for_clip(request.keep_ratio, request.keep_tokens)
-        logger.info(choice.line)
+        if not before or choice.line != before.line:
+            logger.info(choice.line)
         return replace(request, **choice.options), Why(choice.line, 0.0)
     if not request.images:
         return replace(request, pruner="none", keep_ratio=None, keep_tokens=None), None

@@ -15,7 +15,7 @@ from ..checkpoints.errors import UserError
 from ..generation.request import Request
 from ..generation.result import GenerationResult
 from ..inputs.messages import Turn
-from ..inputs.video import Clip, open_video
+from ..inputs.video import Clip
 from ..pruners import Pipeline, Pruner, Stage
 from .host import Host
 from .prepared_inputs import PreparedInputs, ProcessorOptions
@@ -41,10 +41,8 @@ BETWEEN_FRAMES = (
 
 def open_clip(request: Request, options: ProcessorOptions) -> Clip | None:
     """The clip of a request, if it has one. Raises UserError."""
-    if request.video is None:
-        return None
-    clip = open_video(request.video, request.fps, request.max_frames, request.pixel_limit)
-    return clip.resized(options.resize)
+    clip = request.open_video()
+    return clip and clip.resized(options.resize)
 
 
 def check_clip(host: Host, pipeline: Pipeline) -> None:

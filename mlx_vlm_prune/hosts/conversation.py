@@ -11,6 +11,7 @@ from ..generation.request import Request
 from ..generation.result import GenerationResponse
 from ..inputs.budget import check_budget
 from ..machine.bounded_store import BoundedStore
+from .clips import check_clip
 from .compatibility import check_cache_options, check_pipeline
 from .families import host_of
 from .families.pruner_defaults import plan_for_host
@@ -41,6 +42,8 @@ class HostConversation:
         """Raises UserError for a method or an option that the model cannot have."""
         pipeline, options = plan_for_host(self.host, request.pruner), request.given_host_options
         check_pipeline(self.host, pipeline, request.positions)
+        if request.video is not None:
+            check_clip(self.host, pipeline)
         check_budget(request.keep_ratio, request.keep_tokens)
         decoding_arguments(request)
         further_ends(self.host, request)
