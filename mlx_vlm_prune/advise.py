@@ -19,7 +19,7 @@ from .checkpoints.errors import UserError
 from .checkpoints.reading.files import check_target, read_json, write_atomically
 from .generation.photographs import warn_of_photographs
 from .hosts.loading import load
-from .inputs.image_sources import check_is_file
+from .inputs.image_sources import DATA_URI, check_is_file
 from .machine.hardware import describe_machine, versions
 from .machine.remembered import FEWEST, remembered
 from .models.loading import DTYPES
@@ -49,7 +49,7 @@ class Advice:
     date: str = ""  # when they were asked
     full: float = 1.0  # their score with all tokens
     inside_tower: str = ""  # what is said of methods there where their time is not predicted
-    image: str = "photo.jpg"  # in the commands, quoted for a shell
+    image: str | None = None  # that was measured, a file
 
     @property
     def lines(self) -> list[str]:
@@ -111,7 +111,9 @@ class Advice:
         if speedup < LEAST_SPEEDUP:
             return f"Advice: do not prune; at best it would be {speedup:.2f} x as fast here."
         safe = [row for row in self.frontier if self._is_safe(row)]
-        command = f"mlx-vlm-prune generate{self._model} --image {self.image} --prompt '…'"
+        is_file = self.image is not None and not self.image.startswith(DATA_URI)
+        image = shlex.quote(str(self.image)) if is_file else "photo.jpg"
+        command = f"mlx-vlm-prune generate{self._model} --image {image} --prompt '…'"
         if not self.frontier and not self.count:
             return f"Advice: evaluate first; then {command} --keep-ratio 0.25"
         if self.count < FEWEST or self.full <= 0:
@@ -200,7 +202,7 @@ def advise(
         str(evaluation.get("questions", "")),
         int(evaluation.get("count", 0)), str(evaluation.get("date", "")), max(full, default=0.0),
         measured.inside_tower,
-        shlex.quote(str(image)) if isinstance(image, str | os.PathLike) else "photo.jpg",
+        str(image) if isinstance(image, str | os.PathLike) else None,
     )  # fmt: skip
 
 

@@ -189,6 +189,6 @@ def test_the_command_to_copy_names_the_image_that_was_measured(home, tmp_path):
     place = tmp_path / "my photo.png"
     Image.new("RGB", (80, 80), "red").save(place)
     measured = advise(*load(home / "mlx"), place, {})
-    assert measured.image == f"'{place}'"
+    assert measured.image == str(place)
     command = replace(measured, times=TIMES).recommendation
     assert f" --image '{place}' --prompt" in command

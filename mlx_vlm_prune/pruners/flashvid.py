@@ -118,7 +118,7 @@ def attended_and_diverse(
 def first_frames(x_BTnD: mx.array, cut: float, segments: int) -> mx.array:
     """The number of the first frame of each frame's segment, (B, T)."""
     B, T = x_BTnD.shape[:2]
-    if T == 1:  # MLX 0.31.0 does not return from sorting an empty array
+    if T == 1:  # MLX 0.31.0 crashes when it sorts an empty array
         return mx.zeros((B, 1), mx.int32)
     mean_BTD = unit(x_BTnD.mean(axis=2))
     alike_Bt = rounded_cosine((mean_BTD[:, 1:] * mean_BTD[:, :-1]).sum(axis=-1))

@@ -88,7 +88,7 @@ def merge(
     token_Br, zero_Br = take(token_Ba, merging_Br), mx.broadcast_to(mx.array(0, mx.int32), (B, r))
     stays_Bn = mx.put_along_axis(mx.full((B, n), -1, mx.int32), token_Br, zero_Br, axis=1)
     slot_Bn = -1 - mx.cumsum(stays_Bn, axis=1)  # of those that stay
-    if has_cls and rest_Bm.shape[1]:  # older MLX dies of sorting nothing
+    if has_cls and rest_Bm.shape[1]:  # MLX 0.31.0 crashes when it sorts an empty array
         rest_Bm = mx.sort(rest_Bm, axis=-1)
     rest_Bm = take(token_Ba, rest_Bm)
     left_BK = take(slot_Bn, mx.concatenate([rest_Bm, token_Bb], axis=1))  # in the next order

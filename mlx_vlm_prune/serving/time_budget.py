@@ -51,7 +51,8 @@ class TimeBudgets:
         self.host_calibration: tuple[HostCalibration, float] | None = None
 
     def calibrate(self, method: str) -> None:
-        """Time the model with a method, seconds to minutes. Nothing is read or written on the disk.
+        """Time the model with a method; this takes seconds or minutes. Nothing is read or written
+        on the disk.
 
         Raises UserError for a method that has no K to choose.
         """

@@ -260,7 +260,7 @@ def explanation(spec: str | None) -> str:
     steps = [METHODS[name].summary for name in names if name in METHODS]
     if len(steps) == 1:
         return steps[0]
-    return " ".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
+    return "\n".join(f"{number}. {step}" for number, step in enumerate(steps, 1))
 
 
 def budget_of(pruner: str | None, unit: str, percent: float, ms: float | None) -> TokenBudget:
