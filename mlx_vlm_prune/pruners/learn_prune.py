@@ -10,7 +10,7 @@ on, by its words' attention, with a third of them: `learn_prune+fastv:layer=0.37
 The paper trains by a straight-through mask of the larger logit, the model frozen. The notes do not
 say how many tokens then stay. Here it is K, as in `score_prune`: the mask's gradient is that of the
 share of keep, less the logit of the K-th. The norm in front of the network is ours.
-It was not trained yet: no checkpoint has weights of it, and there are no figures.
+`scenes-deep` has weights of it; the built-in model has none.
 
 Options:
     diverse: share of K that is chosen for being unlike the others, 0 to 1
