@@ -264,6 +264,7 @@ def list_images(
                 f"{source_name(source)} is a URL; set allow_url, or download the image and give its"
                 " path"
             )
+    for source in images:
         check_is_file(source)
     return [_fetched(source, allow_url, max_pixels) for source in images]
 
