@@ -10,26 +10,31 @@ from PIL import ImageFont
 from mlx_vlm_prune.evaluation.questions import format_of
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, LARGE, SMALL, compose, pages, question_set
 from mlx_vlm_prune.scenes.pages.draw import OVERSAMPLE, load_font
-from mlx_vlm_prune.scenes.pages.page import CELL, Facts, Page, Shape, Text, width_of
+from mlx_vlm_prune.scenes.pages.page import Facts, Page, Shape, Text, width_of
 from mlx_vlm_prune.scenes.pages.words import LEXICON, PRINTED
 from mlx_vlm_prune.scenes.vocabulary import UNKNOWN, large_words, tokenizer, words
 
 SEEDS = HELD_OUT_SEEDS[:150]
 
 
-@pytest.fixture(scope="module")
-def held_out():
-    return list(pages.page_questions(HELD_OUT_SEEDS, 30))
+BOTH_SIZES = pytest.mark.parametrize("page_size", [pages.SMALL, pages.LARGE], ids=["224", "384"])
+
+
+@pytest.fixture(scope="module", params=[pages.SMALL, pages.LARGE], ids=["224", "384"])
+def held_out(request):
+    return list(pages.page_questions(HELD_OUT_SEEDS, 30, request.param))
 
 
 def test_a_seed_draws_the_same_page_every_time_and_another_seed_another():
     first, again, other = (np.asarray(pages.draw(pages.compose(seed))) for seed in (5, 5, 6))
     assert first.shape == (384, 384, 3)
+    assert pages.draw(pages.compose(5, pages.SMALL)).size == (224, 224)
     assert (first == again).all() and (first != other).any()
 
 
-def test_all_layouts_and_fonts_occur_and_every_font_has_every_letter():
-    drawn = [pages.compose(seed) for seed in SEEDS]
+@BOTH_SIZES
+def test_all_layouts_and_fonts_occur_and_every_font_has_every_letter(page_size):
+    drawn = [pages.compose(seed, page_size) for seed in SEEDS]
     assert {page.layout for page in drawn} == set(pages.LAYOUTS)
     assert {page.font for page in drawn} == set(pages.FONTS)
     for name in pages.FONTS:
@@ -42,17 +47,18 @@ def test_all_layouts_and_fonts_occur_and_every_font_has_every_letter():
         )
 
 
-def test_texts_are_within_the_page_apart_and_no_wider_than_their_boxes():
+@BOTH_SIZES
+def test_texts_are_within_the_page_apart_and_no_wider_than_their_boxes(page_size):
     for seed in SEEDS:
-        page = pages.compose(seed)
+        page = pages.compose(seed, page_size)
         boxes = []
         for text in page.texts:
             left, top, right, bottom = text.box
-            assert left >= 0 and right <= pages.SIZE and top >= 0 and bottom <= pages.SIZE, page
+            assert left >= 0 and right <= page.side and top >= 0 and bottom <= page.side, page
             font = load_font(page.font, round(OVERSAMPLE * text.size))
             assert isinstance(font, ImageFont.FreeTypeFont)
             assert font.getlength(text.text) / OVERSAMPLE <= right - left + 1, (page.font, text)
-            assert text.size >= 9
+            assert text.size >= page_size.smallest
             boxes.append((left, top, right, bottom))
         for i, (left, top, right, bottom) in enumerate(boxes):
             for x0, y0, x1, y1 in boxes[i + 1 :]:
@@ -94,7 +100,7 @@ def truth(page: Page, kind: str, text: str) -> str:
         return str(sum(row[1].isdigit() for row in plain[1:-1]))
     if kind == "lines":
         is_left = "left" in question_words
-        sides = [row for row in rows if any((t.x < pages.SIZE / 2 - 5) == is_left for t in row)]
+        sides = [row for row in rows if any((t.x < page.side / 2 - 5) == is_left for t in row)]
         return str(len(sides))
     if kind == "word":
         return "yes" if question_words[-1] in [word for row in plain for word in row] else "no"
@@ -102,7 +108,7 @@ def truth(page: Page, kind: str, text: str) -> str:
     assert kind == "place" and len(matches) == 1
     left, _, right, _ = matches[0].box
     x, y = page.turned((left + right) / 2, matches[0].y)
-    return "abcd"[int(x // CELL)] + "1234"[int(y // CELL)]
+    return "abcd"[int(4 * x / page.side)] + "1234"[int(4 * y / page.side)]
 
 
 def test_every_question_has_the_answer_that_the_page_shows(held_out):
@@ -169,11 +175,11 @@ def test_large_scenes_hold_up_to_twelve_things_small_ones_too_each_in_its_cell()
 
 
 def test_large_scenes_and_pages_are_question_sets_like_any_other():
-    for name, kinds in (("scenes-large", 6), ("pages", 7)):
+    for name, kinds, side in (("scenes-large", 6, 384), ("pages", 7, 224), ("pages-large", 7, 384)):
         questions = list(format_of(name).module.read_drawn(2))
         assert len(questions) == 2 * kinds
         picture = questions[0].image
-        assert callable(picture) and picture().size == (384, 384)
+        assert callable(picture) and picture().size == (side, side)
         assert format_of(name).module.score(questions[0], f" {questions[0].answers[0].upper()}.")
     small = [q.text for _, questions in question_set(HELD_OUT_SEEDS, 2) for q in questions]
     large = [q.text for _, questions in question_set(HELD_OUT_SEEDS, 2, LARGE) for q in questions]

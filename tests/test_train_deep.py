@@ -8,13 +8,15 @@ import torch
 from convert.__main__ import main as convert
 from mlx_vlm_prune import generate
 from mlx_vlm_prune.hosts.loading import load
-from mlx_vlm_prune.scenes import CHECKPOINT, HELD_OUT_SEEDS, KINDS, question_set
+from mlx_vlm_prune.scenes import CHECKPOINT, HELD_OUT_SEEDS, KINDS, pages, question_set
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
 from torch_ref.models.loading import load_folder
 from torch_ref.train_scenes import main as train_command
 from torch_ref.training.recipes import RECIPES
 from torch_ref.training.scenes import judge, train
+from torch_ref.training.scenes_data import ScenesBatches, judge_batches
 from torch_ref.training.scenes_model import SIZES, Trainee, grow
+from torch_ref.training.worlds import PAGES, SMALL
 
 CPU = torch.device("cpu")
 
@@ -46,6 +48,32 @@ def test_what_the_parts_of_a_layer_add_is_what_the_layer_added(built_in):
         assert query.equal(shallow["model.layers.3.self_attn.q_proj.weight"])
 
 
+def test_new_words_follow_those_of_the_smaller_model(built_in):
+    trainee = Trainee(0.5, SIZES["pages"])
+    before = trainee.vlm.language.embed_tokens.weight.clone()
+    grow(trainee.vlm, built_in)
+    after, old = trainee.vlm.language.embed_tokens.weight, built_in.language.embed_tokens.weight
+    assert after[: len(old)].equal(old) and after[len(old) :].equal(before[len(old) :])
+    assert PAGES.tokens[: len(old)] == SMALL.tokens and len(after) == len(PAGES.tokens) > len(old)
+
+
+def test_one_picture_in_four_of_the_model_of_pages_is_a_scene():
+    batch = next(iter(ScenesBatches(8, 60, 0, PAGES)))
+    assert batch.pixels.shape == (8, 3, 224, 224)
+    drawn = [type(PAGES.world(seed)).__name__ for seed in range(8)]
+    assert drawn == ["SceneWorld", "PageWorld", "PageWorld", "PageWorld"] * 2
+    kinds = {kind for batch in judge_batches(2, 16, PAGES) for kind in batch.kinds}
+    assert kinds == {*KINDS, *pages.KINDS}
+
+
+def test_the_deep_model_of_pages_needs_the_one_that_it_grows_from(capsys):
+    for argv in (["--size", "pages-deep"], ["--size", "deep", "--model", "somewhere"]):
+        with pytest.raises(SystemExit) as stop:
+            train_command(argv)
+        assert stop.value.code == 2
+        assert "--model belongs to --size pages-deep, which needs it" in capsys.readouterr().err
+
+
 def test_layers_that_do_not_divide_are_refused(built_in):
     with pytest.raises(ValueError, match="4 layers cannot become 6"):
         grown(built_in, 6)
@@ -55,7 +83,7 @@ def test_steps_of_a_tower_that_stays_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         train_command(["--size", "deep", "--tower-steps", "5"])
     assert stop.value.code == 2
-    assert "--tower-steps must be 0: the tower of a grown" in capsys.readouterr().err
+    assert "--tower-steps must be 0: the tower of deep" in capsys.readouterr().err
 
 
 def test_it_begins_near_the_answers_that_it_grew_from(built_in):

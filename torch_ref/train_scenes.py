@@ -1,6 +1,8 @@
 """Train a model of drawn scenes: `python -m torch_ref.train_scenes --out runs/scenes`.
 
-`--size deep` is scenes-deep: the built-in model with twelve layers in place of four.
+`--size deep` is scenes-deep: the built-in model with twelve layers in place of four. `--size pages`
+is the built-in model with the words of printed pages, and `--size pages-deep` is scenes-pages: that
+one with twelve layers.
 `--size large` is scenes-large: 384 pixels, 576 visual tokens, twelve layers, scenes and pages.
 
 Stop it at any time: it continues from its last checkpoint. The weights end as
@@ -15,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole_number
+from mlx_vlm_prune.checkpoints.errors import UserError
 
 from .training.recipes import RECIPES
 
@@ -24,14 +27,19 @@ def build_parser() -> Parser:
     """The command line."""
     parser = Parser(
         "torch_ref.train_scenes", description="Train a model of drawn scenes, from random weights"
-        " or, with --size deep, from the built-in model."
+        " or from a smaller model."
     )
     add = parser.add_argument
     add("--size", choices=list(RECIPES), default="small",
-        help="small: the built-in model; deep: scenes-deep, the same with twelve layers; large:"
-        " scenes-large, of scenes and printed pages (default: small)")
+        help="small: the built-in model; deep: scenes-deep, the same with twelve layers; pages:"
+        " the built-in model, which learns printed pages; pages-deep: the same with twelve layers;"
+        " large: scenes-large, of larger scenes and pages (default: small)")
+    add("--model", metavar="FOLDER", help="the model that pages-deep grows from: --size pages,"
+        " converted")
     add("--out", type=Path, metavar="FOLDER", help="where weights and checkpoints go (default:"
-        " runs/scenes, deep runs/scenes-deep, large runs/scenes-large)")
+        " runs/scenes, others runs/scenes-SIZE)")
+    add("--compile", action="store_true", help="compile the tower on a CPU, too: faster after the"
+        " first minute; needs a C++ compiler (default: on CUDA alone)")
     add("--minutes", type=_minutes, default=float("inf"), metavar="N", help="stop after N minutes")
     add("--steps", type=partial(whole_number, 1), metavar="N",
         help=f"optimizer steps (default: {_of_each('steps')})")
@@ -68,10 +76,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = parser.parse_args(argv)
         from .training.scenes import train  # here, since torch may be missing, and takes seconds
 
-        numbers = {name: getattr(args, name) for name in ("steps", "tower_steps", "batch")}
-        set_numbers = {name: number for name, number in numbers.items() if number is not None}
+        if (args.size == "pages-deep") != bool(args.model):
+            raise UserError("--model belongs to --size pages-deep, which needs it")
+        options = {name: getattr(args, name) for name in ("steps", "tower_steps", "batch", "model")}
+        given = {name: value for name, value in options.items() if value is not None}
         out = args.out or Path("runs", "scenes" if args.size == "small" else f"scenes-{args.size}")
-        train(out, replace(RECIPES[args.size], **set_numbers), args.minutes, args.workers)
+        recipe = replace(RECIPES[args.size], **given)
+        train(out, recipe, args.minutes, args.workers, args.compile)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def question_set_of(args: argparse.Namespace, grades: bool = True) -> QuestionSe
             )
         if args.format not in (None, args.questions) or args.images or args.split or args.boxes:
             raise UserError("format, images, split and boxes are for a file's questions")
-        if args.questions == "pages" and args.model is None:
+        if args.questions.startswith("pages") and args.model is None:
             raise UserError("the built-in model knows no word of pages; give a model that does")
         format = with_judge(args, format_of(args.questions))
         read_drawn, per_kind = format.module.read_drawn, per_kind_of(args)

@@ -9,7 +9,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 class ScenesRecipe:
     """A model of the drawn worlds, from nothing or grown from the built-in one."""
 
-    size: str = "small"  # of SIZES: the built-in scenes model, scenes-deep or scenes-large
+    size: str = "small"  # of SIZES
     tower_steps: int = 1500  # the first stage
     steps: int = 7000  # both stages
     decay: float = 0.25  # the last share of the steps, in which the rate falls to zero
@@ -21,16 +21,20 @@ class ScenesRecipe:
     weight_decay: float = 0.01
     dense_weight: float = 0.5  # of the patch loss in the second stage
     seed: int = 1
-    is_grown: bool = False  # from the built-in model, whose tower stays as it is
+    is_grown: bool = False  # from a smaller model
+    is_tower_kept: bool = False  # of that model: the tower does not learn
+    model: str = "scenes"  # that one: the built-in model, or a folder that `convert` made
 
     def __post_init__(self) -> None:
         """Raises UserError for steps of a tower that stays."""
-        if self.is_grown and self.tower_steps:
-            raise UserError("tower_steps must be 0: the tower of a grown model is not trained")
+        if self.is_tower_kept and self.tower_steps:
+            raise UserError(f"tower_steps must be 0: the tower of {self.size} is not trained")
 
 
-# The deep one: the built-in model with twelve layers in place of four, for methods between layers.
-# The large one: 384 pixels, 576 tokens, twelve layers, scenes and printed pages by turns.
+# deep: the built-in model with twelve layers in place of four, for methods between layers.
+# pages: the built-in model with the words of printed pages.
+# pages-deep: that one with twelve layers.
+# large: 384 pixels, 576 tokens, twelve layers, scenes and pages.
 RECIPES = {
     "small": ScenesRecipe(),
     "deep": ScenesRecipe(
@@ -42,6 +46,26 @@ RECIPES = {
         muon_rate=5e-4,
         adam_rate=2e-4,
         is_grown=True,
+        is_tower_kept=True,
+    ),
+    "pages": ScenesRecipe(
+        size="pages",
+        tower_steps=2400,
+        steps=9000,
+        muon_rate=1.5e-3,
+        adam_rate=1e-3,
+        is_grown=True,
+    ),
+    "pages-deep": ScenesRecipe(
+        size="pages-deep",
+        tower_steps=0,
+        steps=400,
+        warmup=20,
+        batch=16,
+        muon_rate=5e-4,
+        adam_rate=2e-4,
+        is_grown=True,
+        is_tower_kept=True,
     ),
     "large": ScenesRecipe(
         size="large", tower_steps=2500, steps=10_000, batch=64, question_tokens=320, warmup=200

@@ -194,34 +194,41 @@ def beginning(recipe: ScenesRecipe) -> Trainee:
     """The model before its first step."""
     trainee = Trainee(recipe.dense_weight, SIZES[recipe.size])
     if recipe.is_grown:
-        grow(trainee.vlm, load_folder(BUILT_IN, torch.device("cpu"))[0])
+        folder = BUILT_IN if recipe.model == "scenes" else Path(recipe.model)
+        grow(trainee.vlm, load_folder(folder, torch.device("cpu"))[0])
+    if recipe.is_tower_kept:
         trainee.vlm.tower.requires_grad_(False)
         trainee.summary.requires_grad_(False)  # it reads the tower alone
     return trainee
 
 
-def train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> None:
+def train(
+    out: Path, recipe: ScenesRecipe, minutes: float, workers: int, is_compiled: bool = False
+) -> None:
     """Train from OUT/last.pt if it is there; stop after `minutes` or `recipe.steps`.
 
     Raises UserError where another process trains in OUT.
     """
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / "run.lock", f"another process is training in {out}; wait for it"):
-        _train(out, recipe, minutes, workers)
+        _train(out, recipe, minutes, workers, is_compiled)
 
 
-def _train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> None:
+def _train(
+    out: Path, recipe: ScenesRecipe, minutes: float, workers: int, is_compiled: bool
+) -> None:
     torch.manual_seed(recipe.seed)
     device, last = best_device(), out / "last.pt"
     run = Run(beginning(recipe).to(device), recipe, device)
     if last.exists():
         run.restore(last)
-    is_compiled = device.type == "cuda"
-    if is_compiled:
+    is_cuda = device.type == "cuda"
+    if is_compiled or is_cuda:
         run.trainee.vlm.tower.compile()
+    if is_cuda:  # on a CPU it gains nothing
         run.trainee.vlm.language.compile()
     data = ScenesBatches(
-        recipe.batch, recipe.question_tokens, run.step, run.trainee.curriculum, is_compiled
+        recipe.batch, recipe.question_tokens, run.step, run.trainee.curriculum, is_cuda
     )
     ahead = 4 if workers else None
     loader = iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=ahead))

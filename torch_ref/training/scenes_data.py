@@ -175,7 +175,7 @@ def judge_batches(
 ) -> Iterator[Batch]:
     """The held-out questions of all worlds, packed."""
     packer, waiting = Packer(curriculum, pad_to), []
-    for world in curriculum.worlds:
+    for world in dict.fromkeys(curriculum.worlds):
         for drawn, questions in world.held_out(per_kind):
             waiting.append((world, drawn, questions))
             if len(waiting) == batch:

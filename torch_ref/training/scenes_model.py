@@ -15,7 +15,7 @@ from mlx_vlm_prune.scenes.vocabulary import IMAGE_TOKEN
 from ..models.towers.vit import Layer, VisionTower
 from ..models.vlm import VLM
 from .scenes_data import Batch
-from .worlds import BACKGROUND, IGNORE, LARGE, SMALL, SUMMARY, Curriculum
+from .worlds import BACKGROUND, IGNORE, LARGE, PAGES, SMALL, SUMMARY, Curriculum
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ SIZES = {
     ),
 }
 # fmt: on
-SIZES["deep"] = replace(SIZES["small"], text=replace(SIZES["small"].text, num_hidden_layers=12))
+SIZES["pages"] = replace(SIZES["small"], curriculum=PAGES)
+for name in ("small", "pages"):
+    deep = replace(SIZES[name].text, num_hidden_layers=12)
+    SIZES["deep" if name == "small" else f"{name}-deep"] = replace(SIZES[name], text=deep)
 NEIGHBOURS = (
     ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)),
     ((-1, -1), (-1, 1), (1, -1), (1, 1), (0, 0)),
@@ -103,24 +106,25 @@ def attend_to_neighbours(tower: VisionTower) -> None:
 
 @torch.no_grad()
 def grow(model: VLM, shallow: VLM) -> None:
-    """Give a model the weights of one that has fewer layers in its language model, else the same.
+    """Give a model the weights of one with fewer layers in its language model, or fewer words.
 
     Each of those layers becomes several, one after another, which each add a part of what it added:
-    so the deeper model begins near the other's answers, and no layer is idle.
+    so the deeper model begins near the other's answers, and no layer is idle. The other's words are
+    the first of this one's; further words keep their random weights.
     """
     state, begin = shallow.state_dict(), "model.layers."
     depth, layers = model.config.text.num_hidden_layers, shallow.config.text.num_hidden_layers
     if depth % layers:
         raise ValueError(f"{layers} layers cannot become {depth}, which is no multiple of them")
     grown = {}
-    for name in model.state_dict():
+    for name, value in model.state_dict().items():
         number, _, rest = name.removeprefix(begin).partition(".")
         if not name.startswith(begin):
-            grown[name] = state[name]
+            grown[name] = torch.cat([state[name], value[len(state[name]) :]])
             continue
-        value = state[f"{begin}{int(number) * layers // depth}.{rest}"]
+        part = state[f"{begin}{int(number) * layers // depth}.{rest}"]
         adds = rest.endswith(("o_proj.weight", "down_proj.weight"))
-        grown[name] = value * layers / depth if adds else value
+        grown[name] = part * layers / depth if adds else part
     model.load_state_dict(grown)
 
 

@@ -138,10 +138,11 @@ def _sign_targets(
 class PageWorld:
     """Printed pages."""
 
+    page_size: pages.PageSize = pages.LARGE
     mix = PAGE_MIX
 
     def compose(self, seed: int) -> pages.Page:
-        return pages.compose(seed)
+        return pages.compose(seed, self.page_size)
 
     def picture(self, drawn: pages.Page) -> Image.Image:
         return pages.draw(drawn)
@@ -150,14 +151,14 @@ class PageWorld:
         return pages.ask(drawn, kind, rng)
 
     def held_out(self, per_kind: int) -> Iterator[tuple[pages.Page, list[scenes.Question]]]:
-        return pages.page_questions(scenes.HELD_OUT_SEEDS, per_kind)
+        return pages.page_questions(scenes.HELD_OUT_SEEDS, per_kind, self.page_size)
 
     def patch_targets(self, drawn: pages.Page, groups: Sequence[str]) -> np.ndarray:
         """A patch names the word whose middle line is nearest to it, and of a number the first two
         of the digits whose middles lie in it."""
-        x, y = patch_centres(pages.SIZE)
+        x, y = patch_centres(drawn.side)
         target = np.full((len(x), len(groups)), IGNORE)
-        target[:, groups.index("cell")] = cells_of(x, y, pages.SIZE)
+        target[:, groups.index("cell")] = cells_of(x, y, drawn.side)
         target[:, groups.index("kind")] = SCENE_GROUPS["kind"].index(BACKGROUND)
         nearest = np.full(len(x), np.inf)
         for text in drawn.texts:
@@ -202,7 +203,10 @@ World = SceneWorld | PageWorld
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The words of a model and the worlds that it learns, a picture of each in turn."""
+    """The words of a model and the worlds that it learns, a picture of each in turn.
+
+    A world that stands there several times has as many pictures.
+    """
 
     size: int  # of the pictures, both sides in pixels
     tokens: tuple[str, ...]  # the vocabulary, in the order of its ids
@@ -230,6 +234,10 @@ class Curriculum:
 
 
 SMALL = Curriculum(scenes.SIZE, tuple(words()), SCENE_GROUPS, (SceneWorld(),))
+PAGES = Curriculum(
+    scenes.SIZE, tuple(large_words()), SCENE_GROUPS | PAGE_GROUPS,
+    (SceneWorld(), *[PageWorld(pages.SMALL)] * 3),
+)  # fmt: skip
 LARGE = Curriculum(
     scenes.LARGE.size, tuple(large_words()), SCENE_GROUPS | PAGE_GROUPS,
     (SceneWorld(scenes.LARGE), PageWorld()),

@@ -38,6 +38,7 @@ FORMATS = {
     "scenes": "scenes",
     "scenes-large": "scenes_large",
     "pages": "pages",
+    "pages-large": "pages_large",
     "llava": "llava",
     "minimind": "minimind",
     "pope": "pope",
@@ -54,7 +55,8 @@ FORMATS = {
     "llava-eval": "llava_eval",
     "captions": "captions",
 }
-DRAWN = ("scenes", "scenes-large", "pages")  # names of question sets, too: drawn, not read
+# Names of question sets, too: drawn, not read.
+DRAWN = ("scenes", "scenes-large", "pages", "pages-large")
 # From how the name of one of LLaVA's prepared files begins to the format of its questions.
 PREPARED = {
     "llava_pope": "pope",

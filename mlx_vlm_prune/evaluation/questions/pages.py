@@ -1,4 +1,4 @@
-"""Printed pages drawn from held-out seeds, with seven kinds of question.
+"""Printed pages of 224 x 224 pixels drawn from held-out seeds, with seven kinds of question.
 
 A receipt's total, a table's cell, a form's field, the highest or lowest of a chart, the number of
 lines, whether a word is there, and where.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from ...scenes import HELD_OUT_SEEDS
-from ...scenes.pages import KINDS, draw, page_questions
+from ...scenes.pages import KINDS, SMALL, PageSize, draw, page_questions
 from . import BadRecords, DrawnPicture, Question, Source
 from .shared_rules import exact_match as score
 
@@ -28,7 +28,12 @@ def read(source: Source, bad: BadRecords) -> Iterator[Question]:
 
 def read_drawn(per_kind: int) -> Iterator[Question]:
     """`per_kind` questions of each of KINDS; a picture is drawn on demand."""
-    for page, questions in page_questions(HELD_OUT_SEEDS, per_kind):
+    return read_pages(per_kind, SMALL)
+
+
+def read_pages(per_kind: int, page_size: PageSize) -> Iterator[Question]:
+    """The questions about pages of a size."""
+    for page, questions in page_questions(HELD_OUT_SEEDS, per_kind, page_size):
         image = DrawnPicture(f"page {page.seed}", partial(draw, page))
         for q in questions:
             yield Question(f"{page.seed}-{q.kind}", q.text, (q.answer,), image, q.kind)

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .page import SIZE, Page, Shape, Text
+from .page import Page, Shape, Text
 
 FOLDER = Path(__file__).parent / "fonts"
 OVERSAMPLE = 2  # drawn twice as large, turned, and averaged down
 
 
 def draw(page: Page) -> Image.Image:
-    """The picture, 384 x 384 RGB."""
-    side = SIZE * OVERSAMPLE
+    """The picture, `page.side` pixels on both sides, RGB."""
+    side = page.side * OVERSAMPLE
     picture = Image.new("RGB", (side, side), page.paper)
     brush = ImageDraw.Draw(picture)
     for shape in page.shapes:
@@ -28,7 +28,7 @@ def draw(page: Page) -> Image.Image:
     turned = picture.rotate(page.turn, Image.Resampling.BICUBIC, fillcolor=page.paper)
     pixels = np.asarray(turned.reduce(OVERSAMPLE)).astype(np.float32)
     rng = np.random.default_rng([page.seed, 5])
-    noisy = pixels + page.noise * rng.normal(size=(SIZE, SIZE, 1))
+    noisy = pixels + page.noise * rng.normal(size=(page.side, page.side, 1))
     return Image.fromarray(np.clip(noisy, 0, 255).round().astype(np.uint8))
 
 

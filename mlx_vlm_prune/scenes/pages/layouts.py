@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .page import FONTS, SIZE, Facts, Page, Shape, Text, width_of
+from .page import FONTS, LARGE, WIDEST, Facts, Page, PageSize, Shape, Text, width_of
 from .words import ANIMALS, CITIES, FOOD, LABELS, LEXICON, MONTHS, NAMES, SHORT, TOTAL
 
 MARGIN = 14.0
-SMALLEST, LARGEST = 9.0, 20.0  # of a font, in pixels
+LARGEST = 20.0  # font, in pixels
 STEEPEST = 2.0  # degrees that a page is turned
 COLOURS = ((70, 110, 180), (200, 110, 60), (90, 150, 90), (150, 90, 150), (120, 120, 120))
 CLEARLY = 8  # by how much the highest and the lowest of a chart differ from the next, of 100
@@ -23,8 +23,14 @@ class Sheet:
     """A page while it is composed."""
 
     rng: np.random.Generator
+    page_size: PageSize = LARGE
     texts: list[Text] = field(default_factory=list)
     shapes: list[Shape] = field(default_factory=list)
+
+    @property
+    def room(self) -> float:
+        """Pixels between the margins, less what turning the page may take."""
+        return self.page_size.side - 2 * MARGIN - 6
 
     def between(self, low: float, high: float) -> float:
         """A number in a range."""
@@ -40,12 +46,16 @@ class Sheet:
 
     def font_size(self, *most: float) -> float:
         """A size that all limits allow; small ones are as likely as large ones."""
-        return self.between(SMALLEST, min(LARGEST, *most))
+        return self.between(self.page_size.smallest, min(LARGEST, *most))
 
     def place(self, width: float, height: float) -> tuple[float, float]:
         """Left and top of a block on the page."""
-        left = self.between(MARGIN, SIZE - MARGIN - width)
-        return left, self.between(MARGIN, SIZE - MARGIN - height)
+        end = self.page_size.side - MARGIN
+        return self.between(MARGIN, end - width), self.between(MARGIN, end - height)
+
+    def chart_height(self) -> float:
+        """Pixels from a chart's ground to its top."""
+        return self.between(110 / 384 * self.page_size.side, self.page_size.side - 94)
 
     def write(self, text: str, x: float, y: float, size: float, anchor: str = "lm") -> None:
         self.texts.append(Text(text, x, y, size, anchor))
@@ -57,9 +67,10 @@ class Sheet:
 
 def receipt(sheet: Sheet) -> Facts:
     """Names and prices, and their total."""
-    items = sheet.count(3, 9)
-    size = sheet.font_size(340 / (1.6 * (items + 3)))
-    step, width = 1.6 * size, sheet.between(11 * size, min(350, 17 * size))
+    tall = sheet.room - 10
+    items = sheet.count(3, min(9, int(tall / (1.6 * sheet.page_size.smallest)) - 3))
+    size = sheet.font_size(tall / (1.6 * (items + 3)), sheet.room / 11)
+    step, width = 1.6 * size, sheet.between(11 * size, min(sheet.room, 17 * size))
     left, top = sheet.place(width, step * (items + 3))
     shop, *names = sheet.pick(LEXICON, items + 1)
     prices = [sheet.count(1, 99) for _ in names]
@@ -77,8 +88,9 @@ def receipt(sheet: Sheet) -> Facts:
 
 def table(sheet: Sheet) -> Facts:
     """Numbers by the names of rows and columns."""
-    rows, columns = sheet.count(3, 7), sheet.count(2, 4)
-    size = sheet.font_size(355 / (6.8 + 4.6 * columns), 340 / (1.8 * (rows + 1)))
+    wide, smallest = sheet.room + 5, sheet.page_size.smallest
+    rows, columns = sheet.count(3, 7), sheet.count(2, min(4, int((wide / smallest - 6.8) / 4.6)))
+    size = sheet.font_size(wide / (6.8 + 4.6 * columns), (sheet.room - 10) / (1.8 * (rows + 1)))
     first, pitch, step = 6.8 * size, 4.6 * size, 1.8 * size
     width = first + pitch * columns
     left, top = sheet.place(width, step * (rows + 1))
@@ -120,7 +132,7 @@ def _rule_table(
 def form(sheet: Sheet) -> Facts:
     """Labels, and what was filled in."""
     labels = sheet.pick(LABELS, sheet.count(3, len(LABELS)))
-    size = sheet.font_size(350 / (2.2 * len(labels)), 350 / 14)
+    size = sheet.font_size(sheet.room / (2.2 * len(labels)), sheet.room / 14)
     step, gap = 2.2 * size, width_of("animal", size) + size
     width = gap + 8 * size
     left, top = sheet.place(width, step * len(labels))
@@ -140,10 +152,12 @@ def form(sheet: Sheet) -> Facts:
 
 def bars(sheet: Sheet) -> Facts:
     """A bar chart."""
-    count = sheet.count(3, 7)
-    names = sheet.pick([word for word in LEXICON if len(word) <= 6], count)
-    size = sheet.font_size(350 / (5.4 * count), 14)
-    pitch, tall = 5.4 * size, sheet.between(110, 290)
+    letters, smallest = sheet.page_size.bar_letters, sheet.page_size.smallest
+    ems = WIDEST * letters + 0.06  # from bar to bar, in sizes of the font
+    count = sheet.count(3, min(7, int(sheet.room / (ems * smallest))))
+    names = sheet.pick([word for word in LEXICON if len(word) <= letters], count)
+    size = sheet.font_size(sheet.room / (ems * count), 14)
+    pitch, tall = ems * size, sheet.chart_height()
     left, top = sheet.place(pitch * count, tall + 2 * size)
     heights, ground = _heights(sheet, count), top + tall
     several = sheet.rng.random() < 0.5
@@ -162,11 +176,11 @@ def bars(sheet: Sheet) -> Facts:
 
 def curve(sheet: Sheet) -> Facts:
     """A line chart over some months."""
-    count = sheet.count(4, 8)
+    count = sheet.count(4, min(8, int(sheet.room / (3 * sheet.page_size.smallest))))
     begin = sheet.count(0, len(MONTHS) - count)
     names = MONTHS[begin : begin + count]
-    size = sheet.font_size(350 / (3 * count), 14)
-    pitch, tall = sheet.between(3 * size, 350 / count), sheet.between(110, 290)
+    size = sheet.font_size(sheet.room / (3 * count), 14)
+    pitch, tall = sheet.between(3 * size, sheet.room / count), sheet.chart_height()
     left, top = sheet.place(pitch * count, tall + 2 * size)
     heights, ground = _heights(sheet, count), top + tall
     points = []
@@ -192,11 +206,12 @@ def _heights(sheet: Sheet, count: int) -> list[float]:
 def columns(sheet: Sheet) -> Facts:
     """Text in two columns."""
     size = sheet.font_size(14)
-    step, width = 1.6 * size, (SIZE - 3 * MARGIN) / 2
-    top, most = sheet.between(MARGIN, 60), int((SIZE - 60 - MARGIN) / step)
+    side = sheet.page_size.side
+    step, width = 1.6 * size, (side - 3 * MARGIN) / 2
+    top, most = sheet.between(MARGIN, 60), int((side - 60 - MARGIN) / step)
     words, lines = iter(sheet.pick(LEXICON, len(LEXICON))), {}
-    for side, left in (("left", MARGIN), ("right", 2 * MARGIN + width)):
-        lines[f"lines are in the {side} column"] = count = sheet.count(3, min(most, 12))
+    for name, left in (("left", MARGIN), ("right", 2 * MARGIN + width)):
+        lines[f"lines are in the {name} column"] = count = sheet.count(3, min(most, 12))
         for row in range(count):
             x = left
             for word in words:
@@ -217,7 +232,7 @@ LAYOUTS: dict[str, Callable[[Sheet], Facts]] = {
 }
 
 
-def compose(seed: int) -> Page:
+def compose(seed: int, page_size: PageSize = LARGE) -> Page:
     """The page of a seed."""
     rng = np.random.default_rng([seed, 4])
     layout = str(rng.choice(list(LAYOUTS)))
@@ -226,7 +241,7 @@ def compose(seed: int) -> Page:
     ink = np.clip(rng.integers(0, 70) + rng.integers(-15, 16, 3), 0, 255)
     turn = float(rng.uniform(-STEEPEST, STEEPEST)) if rng.random() < 0.7 else 0.0
     noise = float(rng.uniform(0, 6))
-    sheet = Sheet(rng)
+    sheet = Sheet(rng, page_size)
     facts = LAYOUTS[layout](sheet)
     style = str(rng.choice(["lower", "title", "upper"], p=[0.5, 0.3, 0.2]))
     texts = tuple(replace(text, text=getattr(text.text, style)()) for text in sheet.texts)
@@ -234,5 +249,5 @@ def compose(seed: int) -> Page:
     dark = tuple(int(level) for level in ink)
     return Page(
         seed, layout, font, (red, green, blue), (dark[0], dark[1], dark[2]), turn, noise, texts,
-        tuple(sheet.shapes), facts,
+        tuple(sheet.shapes), facts, page_size.side,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """What is on a printed page: texts and shapes at their places, and the facts they show.
 
-Lengths are pixels of a picture of 384 x 384, before the page is turned. No place depends on how
+Lengths are pixels, before the page is turned. No place depends on how
 wide a font draws a word, so that the facts are the same with any version of Pillow.
 """
 
@@ -10,9 +10,20 @@ from dataclasses import dataclass, field
 from ..draw import GRID
 
 FONTS = ("Caladea-Regular", "DejaVuSansMono", "DejaVuSerif", "Roboto-Bold", "Roboto-Regular")
-SIZE = 384  # pixels, both sides
-CELL = SIZE // GRID
 WIDEST, LONGEST = 0.89, 6.3  # a letter on average, and a word, in sizes of the font, at most
+
+
+@dataclass(frozen=True)
+class PageSize:
+    """How large pages are and how they are printed; lengths in pixels."""
+
+    side: int = 384  # both sides
+    smallest: float = 9.0  # font
+    bar_letters: int = 6  # of a bar's name, at most
+
+
+LARGE = PageSize()
+SMALL = PageSize(224, 11.0, 4)
 
 
 @dataclass(frozen=True)
@@ -69,10 +80,11 @@ class Page:
     texts: tuple[Text, ...]
     shapes: tuple[Shape, ...]
     facts: Facts
+    side: int = LARGE.side  # pixels
 
     def turned(self, x: float, y: float) -> tuple[float, float]:
         """Where a point of the straight page lies in the picture."""
-        angle, middle = math.radians(self.turn), SIZE / 2
+        angle, middle = math.radians(self.turn), self.side / 2
         right, down = x - middle, y - middle
         return (
             middle + math.cos(angle) * right + math.sin(angle) * down,
@@ -83,7 +95,8 @@ class Page:
         """Column and row of the cell that a text lies in wholly; None where it lies in several."""
         left, top, right, bottom = text.box
         corners = [self.turned(x, y) for x in (left, right) for y in (top, bottom)]
-        cells = {(math.floor(x / CELL), math.floor(y / CELL)) for x, y in corners}
+        cell = self.side // GRID
+        cells = {(math.floor(x / cell), math.floor(y / cell)) for x, y in corners}
         return cells.pop() if len(cells) == 1 else None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..draw import CELLS, GRID
 from ..questions import Question
 from .layouts import compose
-from .page import Page, Text
+from .page import LARGE, Page, PageSize, Text
 from .words import LEXICON
 
 KINDS = ("total", "cell", "field", "highest", "lines", "word", "place")
@@ -24,11 +24,13 @@ def ask(page: Page, kind: str, rng: np.random.Generator) -> Question | None:
     return _ASK[kind](page, rng)
 
 
-def page_questions(seeds: range, per_kind: int) -> Iterator[tuple[Page, list[Question]]]:
+def page_questions(
+    seeds: range, per_kind: int, page_size: PageSize = LARGE
+) -> Iterator[tuple[Page, list[Question]]]:
     """Pages with their questions, until each of KINDS was asked `per_kind` times."""
     left = dict.fromkeys(KINDS, per_kind)
     for seed in seeds:
-        page, rng = compose(seed), np.random.default_rng([seed, 6])
+        page, rng = compose(seed, page_size), np.random.default_rng([seed, 6])
         questions = [q for kind in KINDS if left[kind] and (q := ask(page, kind, rng))]
         for question in questions:
             left[question.kind] -= 1
