@@ -22,7 +22,13 @@ from .checkpoints.reading.files import atomic_path, check_target, write_atomical
 from .generation import batch, stream
 from .generation.arguments import build_parser, decoding_options, typed_prompt
 from .generation.checkpoint_notes import note_sampling, note_thinking
-from .generation.comparison import Comparison, compare, comparison_lines, ways_to_answer
+from .generation.comparison import (
+    Comparison,
+    compare,
+    compared_overlay,
+    comparison_lines,
+    ways_to_answer,
+)
 from .generation.photographs import warn_of_photographs
 from .generation.printing import (
     LINE,
@@ -203,7 +209,7 @@ def run(args: argparse.Namespace) -> None:
     comparison = None
     if choice and args.verbose:
         print(choice.outcome(answer))
-    if compares and (args.verbose or args.json):
+    if compares and (args.verbose or args.json or args.overlay):
         comparison = compare(partial(generate, model, processor, prompt), ways)
     if comparison and args.verbose:
         print(LINE, "Full and pruned")
@@ -231,7 +237,8 @@ def _write_files(
     *before, answer = answers.values()
     if args.overlay:
         with atomic_path(args.overlay, replace=True) as beside:
-            answer.overlay().save(beside, format="PNG")
+            picture = compared_overlay(answers, comparison) if before else answer.overlay()
+            picture.save(beside, format="PNG")
         if args.verbose:
             print(f"Overlay: {args.overlay}")
     if args.json:

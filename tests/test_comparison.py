@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from mlx_vlm_prune.generate import main
 from mlx_vlm_prune.generation import comparison
@@ -12,7 +13,10 @@ from mlx_vlm_prune.generation.comparison import (
     DRAFTED,
     FULL,
     PRUNED,
+    Comparison,
+    RunTimes,
     compare,
+    compared_overlay,
     comparison_lines,
     ways_to_answer,
 )
@@ -63,6 +67,28 @@ def test_two_turns_that_agree_may_be_an_accident(monkeypatch):
     assert two.as_json()["gain"][PRUNED]["first_token"]["median"] is None
     three = comparison.Comparison({way: [*runs, runs[0]] for way, runs in ways.items()})
     assert three.as_json()["gain"][PRUNED]["first_token"]["median"] == 2
+
+
+def test_the_picture_shows_both_answers_and_their_times(monkeypatch):
+    captions = []
+
+    def answer(text: str, kept: int) -> SimpleNamespace:
+        def overlay(caption: str) -> Image.Image:
+            captions.append(caption)
+            return Image.new("RGB", (60, 40))
+
+        return SimpleNamespace(text=text, visual_tokens=196, overlay=overlay,
+                               caption=lambda: f"norm: 196 -> {kept}")  # fmt: skip
+
+    pair = {FULL: answer("a long answer " * 20, 196), PRUNED: answer("好", 49)}
+    times = {FULL: [RunTimes(1, ms, ms, 1) for ms in (80, 90, 100)],
+             PRUNED: [RunTimes(1, ms, ms, 1) for ms in (40, 45, 100)]}  # fmt: skip
+    assert compared_overlay(pair, Comparison(times)).width > 120
+    full, pruned = (caption.split("\n") for caption in captions)
+    assert full[0].startswith('All visual tokens: "a long answer') and full[0].endswith(' …"')
+    assert len(full[0]) < 145 and full[1:] == ["first token after 90 ms", "196 visual tokens"]
+    assert pruned[0] == "Pruned"  # no font here has the letters of its answer
+    assert pruned[1:] == ["first token after 45 ms, 1.00 to 2.00 x as fast", "norm: 196 -> 49"]
 
 
 def test_ways_take_turns_for_two_seconds_and_at_least_three_times(monkeypatch):

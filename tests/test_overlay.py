@@ -67,6 +67,11 @@ def test_the_caption_stands_below_and_a_long_one_takes_more_lines():
     assert (edge[4 * PATCH :] > 200).all()  # nothing is cut off at the right
 
 
+def test_lines_of_a_caption_stay_lines():
+    one, two = (overlay(LIGHT, GRID, [0], caption) for caption in ("a b", "a\nb"))
+    assert two.height > one.height
+
+
 def test_any_grid_is_drawn_with_whole_patches():
     for rows, columns in ((1, 1), (1, 9), (7, 2), (27, 27)):
         picture = overlay(LIGHT, (rows, columns), [0], "x")

@@ -326,7 +326,8 @@ def _add_output(parser: Parser) -> None:
     add("--compare", action="store_true",
         help="also answer with all visual tokens (with the same drafts, if there are any), and time"
         " the answers in turns")
-    add("--overlay", type=Path, metavar="FILE.png", help="draw the images with dropped tokens dark")
+    add("--overlay", type=Path, metavar="FILE.png", help="draw the images with dropped tokens dark"
+        "; with --compare also with all tokens, and both answers")
     add("--json", type=Path, metavar="FILE", help="write the answer and all figures")
     add("--verbose", action=argparse.BooleanOptionalAction, default=True,
         help="print the figures of the answer")

@@ -10,15 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from textwrap import shorten
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from ..machine.timing import Gain
+from .overlay import join_images
 from .result import GenerationResult
 
 SECONDS, MOST_SECONDS = 2.0, 30.0  # of all runs: at least, and where a round takes long at most
 FEWEST = 3  # rounds whose agreement is no accident
+QUOTED = 120  # letters of an answer below a picture
 MOST_TOKENS = 48  # of an answer that is timed to its end
 logger = logging.getLogger("mlx_vlm_prune")
 FULL, PRUNED, DRAFTED = "All visual tokens", "Pruned", "Pruned and drafted"
@@ -65,6 +69,16 @@ class Comparison:
             part = f"Answer of at most {self.max_tokens} tokens from there"
             lines += [f"{part}: {self._pair(a, 'whole', b)}" for a, b in pairs]
         return lines
+
+    def first_token_line(self, way: str) -> str:
+        """When the first token of a way comes, without opening the pictures, and the spread of its
+        gain over plain."""
+        plain = next(iter(self.runs))
+        line = f"first token after {median(self.ms(way, 'first_token')):.0f} ms"
+        if way == plain:
+            return line
+        gain = self.gain(way, "first_token", plain)
+        return f"{line}, {gain.p10:.2f} to {gain.p90:.2f} x as fast"
 
     def _pair(self, way: str, part: str, baseline: str) -> str:
         gain, names = self.gain(way, part, baseline), (baseline, way)
@@ -165,7 +179,8 @@ def _say_how_long(round_seconds: float) -> None:
     """A note on comparisons that a user waits for."""
     rounds = max(1, min(FEWEST, int(MOST_SECONDS / max(round_seconds, 1e-9))))
     if round_seconds * rounds > SECONDS:
-        logger.info("comparing takes about %.0f s: %d rounds", round_seconds * rounds, rounds)
+        with tqdm.external_write_mode(file=sys.stderr):  # above the bar, not inside it
+            logger.info("comparing takes about %.0f s: %d rounds", round_seconds * rounds, rounds)
 
 
 def _timed(answer: Callable[[], GenerationResult]) -> RunTimes:
@@ -175,6 +190,29 @@ def _timed(answer: Callable[[], GenerationResult]) -> RunTimes:
     return RunTimes(
         opening, result.ttft_ms["total"] - opening, whole - opening, result.generation_tokens
     )
+
+
+def compared_overlay(
+    answers: Mapping[str, GenerationResult], comparison: Comparison | None
+) -> Image.Image:
+    """What was kept for each answer, side by side, with the answer and its first token below.
+
+    Raises UserError where the prompt had no image.
+    """
+    pictures = []
+    for way, answer in answers.items():
+        text = f'"{shorten(answer.text, QUOTED, placeholder=" …")}"'
+        lines = [f"{way}: {text}" if _is_drawable(text) else way]
+        if comparison:
+            lines.append(comparison.first_token_line(way))
+        tokens = f"{answer.visual_tokens} visual tokens" if way == FULL else answer.caption()
+        pictures.append(answer.overlay("\n".join([*lines, tokens])))
+    return join_images(pictures)
+
+
+def _is_drawable(text: str) -> bool:
+    """Whether Pillow's own font has its letters."""
+    return all(ord(letter) < 0x250 or letter in "…–—‘’“”•" for letter in text)
 
 
 def comparison_lines(answers: Sequence[GenerationResult], comparison: Comparison) -> list[str]:

@@ -172,7 +172,8 @@ def add_caption(drawn: Image.Image, caption: str) -> Image.Image:
     size = min(26, max(11, drawn.width // 36))
     font = ImageFont.load_default(size)
     letters = max(8, int((drawn.width - 2 * MARGIN) / (0.52 * size)))
-    text = "\n".join(textwrap.wrap(caption, letters, drop_whitespace=True)) or " "
+    lines = [part for line in caption.split("\n") for part in textwrap.wrap(line, letters)]
+    text = "\n".join(lines) or " "
     page = Image.new("RGB", drawn.size, PAPER)
     box = ImageDraw.Draw(page).multiline_textbbox((MARGIN, MARGIN), text, font=font)
     page = Image.new("RGB", (drawn.width, drawn.height + int(box[3]) + MARGIN), PAPER)

@@ -89,15 +89,16 @@ class GenerationResult:
         return replace(self, prompt_tokens=prompt_tokens, prompt_tps=prompt_tps, ttft_ms=ttft_ms,
                        rows_reused=rows_reused)  # fmt: skip
 
-    def overlay(self) -> Image.Image:
+    def overlay(self, caption: str | None = None) -> Image.Image:
         """A picture of what was kept; steps and layers side by side, images below one another,
         each in one panel with its tiles in their places.
 
-        Raises UserError where the prompt had no image.
+        `caption`: the text below, by default the method and its numbers. Raises UserError where
+        the prompt had no image.
         """
         if self.trace is None or not self.views:
             raise UserError("there is no overlay: the prompt had no image")
-        return draw_trace(self.trace, self.views, self.caption(), self.layouts)
+        return draw_trace(self.trace, self.views, caption or self.caption(), self.layouts)
 
     def explore(self, *others: "GenerationResult") -> Exploration:
         """This answer, and `others` about the same images, on a page that shows what was kept.

@@ -25,7 +25,7 @@ def draw(page: Page) -> Image.Image:
         _paint_shape(brush, shape, page.ink)
     for text in page.texts:
         _paint_text(brush, text, page)
-    turned = picture.rotate(page.turn, Image.Resampling.BICUBIC, fillcolor=page.paper)
+    turned = picture.rotate(page.turn, Image.Resampling.BILINEAR, fillcolor=page.paper)
     pixels = np.asarray(turned.reduce(OVERSAMPLE)).astype(np.float32)
     rng = np.random.default_rng([page.seed, 5])
     noisy = pixels + page.noise * rng.normal(size=(page.side, page.side, 1))
