@@ -35,6 +35,21 @@ def test_a_step_is_torchs_to_the_digits_of_bfloat16(shape):
     after_steps(Float32Muon, shape, their_state)
 
 
+def test_matrices_of_one_shape_step_together_as_each_would_alone():
+    torch.manual_seed(1)
+    together = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 9), (4, 4), (6, 9))]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
+    grads = [torch.randn(p.shape) for p in together]
+    for parameters in (together, *([p] for p in alone)):
+        optimiser = Float32Muon(parameters, **OPTIONS)
+        for p in parameters:
+            p.grad = grads[next(i for i, q in enumerate([*together, *alone]) if q is p) % 3].clone()
+        optimiser.step()
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other)
+    assert not torch.allclose(together[0], together[2])
+
+
 def test_singular_values_come_near_one_and_vectors_stay():
     torch.manual_seed(0)
     grad = torch.randn(12, 30)

@@ -12,7 +12,7 @@ from mlx_vlm_prune import generate
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import load
 from mlx_vlm_prune.models.learned import read_learned
-from mlx_vlm_prune.scenes import pages
+from mlx_vlm_prune.scenes import compose, pages
 from mlx_vlm_prune.scenes.pages import Facts, Page, Text
 from mlx_vlm_prune.scenes.vocabulary import large_words
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
@@ -21,7 +21,7 @@ from torch_ref.training.recipes import ScenesRecipe
 from torch_ref.training.scenes import Run, export, judge, train
 from torch_ref.training.scenes_data import ScenesBatches
 from torch_ref.training.scenes_model import SIZES, Trainee
-from torch_ref.training.worlds import IGNORE, LARGE, PageWorld
+from torch_ref.training.worlds import GLYPHS, IGNORE, LARGE, PageWorld, SceneWorld
 
 CPU = torch.device("cpu")
 TINY = ScenesRecipe(tower_steps=1, steps=3, warmup=1, batch=2, question_tokens=40)
@@ -122,6 +122,23 @@ def test_patches_of_a_page_name_the_word_or_the_digits_that_are_printed_there():
     assert named(2, 19) == {"cell": "d1", "digit": "3"}
     assert named(2, 20) == {"cell": "d1", "next digit": "##9"}
     assert named(12, 3) == {"cell": "a3", "kind": "nothing"}
+
+
+def test_each_third_of_a_patch_of_a_page_names_the_letter_that_is_printed_there():
+    texts = (Text("ABC", 32, 104, 24), Text("7", 208, 40, 24, "rm"))
+    ink = (0, 0, 0)
+    page = Page(0, "table", "DejaVuSansMono", (255, 255, 255), ink, 0.0, 0.0, texts, (), Facts())
+    targets = PageWorld().glyphs(page).reshape(24, 24, 3)
+
+    def letters(row: int, column: int) -> str:
+        return "".join("." if n == IGNORE else GLYPHS[n] for n in targets[row, column])
+
+    # A letter of this font is 14.45 pixels wide: a from 32 to 46.45, b to 60.9, c to 75.35.
+    assert [letters(6, column) for column in (1, 2, 3, 4, 5)] == ["...", "aaa", "bbc", "cc.", "..."]
+    assert letters(2, 12) == "777" and letters(2, 13) == "..."
+    assert letters(5, 2) == letters(7, 2) == "..."  # above and below the line
+    assert (targets >= 0).sum() == 11
+    assert (SceneWorld().glyphs(compose(0)) == IGNORE).all()
 
 
 @pytest.fixture(scope="module")

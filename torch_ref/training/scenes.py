@@ -199,6 +199,7 @@ def beginning(recipe: ScenesRecipe) -> Trainee:
     if recipe.is_tower_kept:
         trainee.vlm.tower.requires_grad_(False)
         trainee.summary.requires_grad_(False)  # it reads the tower alone
+        trainee.glyphs.requires_grad_(False)  # likewise
     return trainee
 
 

@@ -32,6 +32,7 @@ class Batch:
     pixels: Tensor  # (B, 3, size, size)
     dense: Tensor  # (B, N, G)
     summary: Tensor  # (B, things)
+    glyphs: Tensor  # (B, N, thirds of a patch)
     ids: Tensor  # (B, L)
     positions: Tensor  # (B, L)
     branch: Tensor  # (B, L); -2 is padding
@@ -104,9 +105,10 @@ class Packer:
         pixels = np.stack(pictures).transpose(0, 3, 1, 2)
         dense = np.stack([world.patch_targets(drawn, groups) for world, drawn, _ in batch])
         summary = np.stack([world.summary(drawn) for world, drawn, _ in batch])
+        glyphs = np.stack([world.glyphs(drawn) for world, drawn, _ in batch])
         t = torch.from_numpy
         return Batch(
-            t(pixels.copy()), t(dense), t(summary), t(ids), t(positions), t(branch),
+            t(pixels.copy()), t(dense), t(summary), t(glyphs), t(ids), t(positions), t(branch),
             torch.tensor(at), torch.tensor(targets), torch.tensor(of), kinds, self.first_visual,
         )  # fmt: skip
 

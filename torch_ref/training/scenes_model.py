@@ -15,7 +15,18 @@ from mlx_vlm_prune.scenes.vocabulary import IMAGE_TOKEN
 from ..models.towers.vit import Layer, VisionTower
 from ..models.vlm import VLM
 from .scenes_data import Batch
-from .worlds import BACKGROUND, IGNORE, LARGE, PAGES, SMALL, SUMMARY, Curriculum
+from .worlds import (
+    BACKGROUND,
+    GLYPHS,
+    IGNORE,
+    LARGE,
+    PAGE_GROUPS,
+    PAGES,
+    SMALL,
+    SUMMARY,
+    THIRDS,
+    Curriculum,
+)
 
 
 @dataclass(frozen=True)
@@ -131,9 +142,9 @@ def grow(model: VLM, shallow: VLM) -> None:
 class Trainee(nn.Module):
     """The model and its losses.
 
-    Every projected patch must predict its words through the tied embedding (kind, colour,
-    cell, letter), CLS what is in the picture, and, once `questions` are asked, the language
-    model the answers.
+    Every projected patch must predict its words through the tied embedding (kind, colour, cell,
+    letter), every patch of a page its letters, CLS what is in the picture, and, once `questions`
+    are asked, the language model the answers.
     """
 
     def __init__(self, dense_weight: float, size: ModelSize = SIZES["small"]) -> None:
@@ -141,6 +152,7 @@ class Trainee(nn.Module):
         self.curriculum = size.curriculum
         self.vlm, self.dense_weight = build_model(size), dense_weight
         self.summary = nn.Linear(size.vision.hidden_size, SUMMARY)  # from CLS
+        self.glyphs = nn.Linear(size.vision.hidden_size, len(THIRDS) * len(GLYPHS))  # from a patch
 
     def forward(self, batch: Batch, questions: bool) -> tuple[Tensor, dict[str, Tensor]]:
         vlm, tower = self.vlm, self.vlm.tower
@@ -151,6 +163,9 @@ class Trainee(nn.Module):
         dense, figures = self.dense_loss(visual_BND, batch.dense)
         loss = dense + 0.3 * cls_loss
         figures["cls"] = cls_loss.detach()
+        if PAGE_GROUPS.keys() & self.curriculum.groups.keys():
+            glyph_loss, figures["glyph"] = self.glyph_loss(encoded.signals.x_BND, batch.glyphs)
+            loss = loss + glyph_loss
         if questions:
             logits = self.answers(visual_BND, batch)
             answer_loss = F.cross_entropy(logits.float(), batch.targets)
@@ -181,6 +196,15 @@ class Trainee(nn.Module):
                 right = (logits.argmax(-1) == target) & on
                 figures[name] = right.sum() / on.sum().clamp(min=1)
         return torch.stack(losses).mean() * 2, figures
+
+    def glyph_loss(self, x_BND: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Every patch names its letters, a third of a patch each; the share that is right."""
+        x = F.layer_norm(x_BND.float(), x_BND.shape[-1:])
+        logits = self.glyphs(x).unflatten(-1, (len(THIRDS), len(GLYPHS))).flatten(0, -2)
+        target = targets.flatten()
+        known = (target != IGNORE).sum().clamp(min=1)
+        loss = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum") / known
+        return loss, ((logits.argmax(-1) == target).sum() / known).detach()
 
     def answers(self, visual_BND: Tensor, batch: Batch) -> Tensor:
         """Logits at the answers' tokens, (answer tokens of the whole batch, V)."""

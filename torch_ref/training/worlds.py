@@ -37,6 +37,8 @@ PAGE_GROUPS: dict[str, tuple[str, ...]] = {
     "digit": tuple("0123456789"),
     "next digit": tuple("##" + digit for digit in "0123456789"),
 }
+GLYPHS = "0123456789abcdefghijklmnopqrstuvwxyz"  # that a patch of a page must name, in both cases
+THIRDS = (-PATCH / 3, 0.0, PATCH / 3)  # where in a patch, from its centre
 SUMMARY = len(scenes.SHAPES) * len(scenes.COLOURS) + 1  # what CLS must name: things, and a sign
 # How often each kind is asked: the slow ones more often.
 SCENE_MIX = {
@@ -117,6 +119,10 @@ class SceneWorld:
         present[-1] = drawn.sign is not None
         return present
 
+    def glyphs(self, drawn: scenes.Scene) -> np.ndarray:
+        """None, (N, THIRDS) of IGNORE: signs have targets of their own."""
+        return np.full(((self.canvas.size // PATCH) ** 2, len(THIRDS)), IGNORE)
+
 
 def _sign_targets(
     sign: scenes.Sign, x: np.ndarray, y: np.ndarray, target: np.ndarray, column: dict[str, int]
@@ -162,7 +168,7 @@ class PageWorld:
         target[:, groups.index("kind")] = SCENE_GROUPS["kind"].index(BACKGROUND)
         nearest = np.full(len(x), np.inf)
         for text in drawn.texts:
-            left, right = _ends(drawn, text)
+            left, right, _ = _ends(drawn, text)
             x0, y0 = drawn.turned(left, text.y)
             x1, y1 = drawn.turned(right, text.y)
             across = (x - x0) / max(x1 - x0, 1e-6)  # 0 at the text's left end, 1 at its right
@@ -189,13 +195,35 @@ class PageWorld:
     def summary(self, drawn: pages.Page) -> np.ndarray:
         return np.zeros(SUMMARY, np.float32)
 
+    def glyphs(self, drawn: pages.Page) -> np.ndarray:
+        """Places in GLYPHS of what is printed in each third of each patch, (N, THIRDS), or IGNORE.
 
-def _ends(page: pages.Page, text: pages.Text) -> tuple[float, float]:
-    """Left and right end of a text as it is drawn, before the page is turned."""
+        A patch names only what lies on the middle line of a text within half a patch of its centre.
+        """
+        x, y = patch_centres(drawn.side)
+        target = np.full((len(x), len(THIRDS)), IGNORE)
+        for text in drawn.texts:
+            left, _, ends = _ends(drawn, text)
+            x0, y0 = drawn.turned(left, text.y)
+            x1, y1 = drawn.turned(left + ends[-1], text.y)
+            length = max(x1 - x0, 1e-6)
+            for third, shift in enumerate(THIRDS):
+                across = (x + shift - x0) / length
+                off = np.abs(y - (y0 + np.clip(across, 0, 1) * (y1 - y0)))
+                on = (across >= 0) & (across < 1) & (off < PATCH / 2)
+                letter = np.searchsorted(ends, across[on] * ends[-1], side="right")
+                named = [GLYPHS.index(text.text[place].lower()) for place in letter]
+                target[on, third] = named
+        return target
+
+
+def _ends(page: pages.Page, text: pages.Text) -> tuple[float, float, np.ndarray]:
+    """Left and right end of a text as it is drawn, before the page is turned, and how far from its
+    left end each letter ends."""
     font = load_font(page.font, round(OVERSAMPLE * text.size))
-    width = font.getlength(text.text) / OVERSAMPLE
-    left = text.x - width * {"l": 0.0, "m": 0.5, "r": 1.0}[text.anchor[0]]
-    return left, left + width
+    lengths = [font.getlength(text.text[: i + 1]) / OVERSAMPLE for i in range(len(text.text))]
+    left = text.x - lengths[-1] * {"l": 0.0, "m": 0.5, "r": 1.0}[text.anchor[0]]
+    return left, left + lengths[-1], np.array(lengths)
 
 
 World = SceneWorld | PageWorld
