@@ -6,13 +6,14 @@ Shapes: N visual tokens of a clip, L rows, D features.
 import io
 import json
 import re
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_vlm_prune import Chat, UserError, generate, load
+from mlx_vlm_prune import Chat, UserError, attach, generate, load, pruned
 from mlx_vlm_prune.chat import main as chat_main
 from mlx_vlm_prune.generate import main
 from mlx_vlm_prune.hosts.clips import check_clip
@@ -134,15 +135,15 @@ def test_with_all_tokens_it_is_the_stock_model_bit_for_bit(models, name):
 def test_kept_tokens_keep_their_places_in_time(models, name, monkeypatch):
     let_norm_choose(monkeypatch, lambda signals, K: kept([1, 5, 6, 11]))
     inputs, at = clip(name), places(name)
-    pruned = reduced(models(name), inputs, "norm", 4 / 12)
+    prompt = reduced(models(name), inputs, "norm", 4 / 12)
     visual = [row for row, word in enumerate(inputs.ids) if word == VIDEO]
     stay = {visual[i] for i in (1, 5, 6, 11)}
     rows = [row for row, word in enumerate(inputs.ids) if word != VIDEO or row in stay]
-    assert pruned.arguments["input_ids"][0].tolist() == [inputs.ids[row] for row in rows]
-    positions = pruned.arguments["position_ids"][:, 0].T.tolist()
+    assert prompt.arguments["input_ids"][0].tolist() == [inputs.ids[row] for row in rows]
+    positions = prompt.arguments["position_ids"][:, 0].T.tolist()
     assert positions == [[*at[row]] for row in rows]
     # The next word comes behind the last one's position.
-    delta = pruned.arguments["rope_deltas"].item()
+    delta = prompt.arguments["rope_deltas"].item()
     assert len(rows) + delta == at[-1][0] + 1
 
 
@@ -150,15 +151,48 @@ def test_kept_tokens_keep_their_places_in_time(models, name, monkeypatch):
 def test_a_pruned_answer_is_that_of_the_short_sequence_without_a_cache(models, name):
     model, inputs = models(name), clip(name)
     for spec, ratio, step in zip(SPECS, (0.25, 0.5, 0.4, 0.5), (3, None, 4, 3), strict=True):
-        pruned = reduced(model, inputs, spec, ratio)
-        tokens, odds = decoded(model, pruned.arguments, prefill_step_size=step)
-        (reduction,) = pruned.trace.steps[-1].reductions
+        prompt = reduced(model, inputs, spec, ratio)
+        tokens, odds = decoded(model, prompt.arguments, prefill_step_size=step)
+        (reduction,) = prompt.trace.steps[-1].reductions
         weight_KN = np.array(reduction.mixture(12)[0])
         assert len(weight_KN) == int(12 * ratio)
         assert ((weight_KN > 0) & (weight_KN < 1)).any() == ("flashvid" in spec)
         expected, expected_odds = expected_answer(models, name, inputs, reduction)
         assert tokens == expected
         np.testing.assert_allclose(odds, expected_odds, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_a_block_mlx_vlms_own_functions_prune_a_clip(models, name):
+    model, inputs = models(name), clip(name)
+    expected, expected_odds = stock(model, as_mlx_vlm(inputs))
+    with pruned(model, "divprune", keep_ratio=1.0):
+        tokens, odds = stock(model, as_mlx_vlm(inputs))
+    assert tokens == expected
+    np.testing.assert_array_equal(odds, expected_odds)
+    for spec, ratio in zip(SPECS, (0.25, 0.5, 0.4, 0.5), strict=True):
+        with pruned(model, spec, keep_ratio=ratio) as report:
+            tokens, odds = stock(model, as_mlx_vlm(inputs))
+        assert (report.total, report.kept) == (12, int(12 * ratio))
+        (reduction,) = reduced(model, inputs, spec, ratio).trace.steps[-1].reductions
+        expected, expected_odds = expected_answer(models, name, inputs, reduction)
+        assert tokens == expected
+        np.testing.assert_allclose(odds, expected_odds, rtol=0, atol=1e-4)
+
+
+def test_in_a_block_a_clip_that_cannot_be_pruned_is_refused_or_read_whole(models):
+    model, inputs = models("qwen2_5_vl"), as_mlx_vlm(clip("qwen2_5_vl"))
+    expected, expected_odds = stock(model, inputs)
+    with pruned(model, "uniform"), pytest.raises(UserError, match="uniform cannot prune a clip"):
+        stock(model, inputs)
+    sounds = replace(inputs, extra={**inputs.extra, "input_features": mx.zeros((1, 2))})
+    with pruned(model, "norm"), pytest.raises(UserError, match="or one clip alone, are pruned"):
+        stock(model, sounds)
+    _, detach = attach(model, "uniform", allow_videos=True)
+    tokens, odds = stock(model, inputs)
+    detach()
+    assert tokens == expected
+    np.testing.assert_array_equal(odds, expected_odds)
 
 
 def test_the_frames_of_a_clip_are_known_to_its_methods(models):
@@ -212,9 +246,9 @@ def test_unpruned_it_answers_about_a_file_as_mlx_vlm_does(loaded, home, name):
             keep_ratio=1.0, max_tokens=6,
         )  # fmt: skip
         assert (ours.text, ours.prompt_tokens) == (theirs.text, theirs.prompt_tokens)
-    pruned = generate(model, processor, "w7 w9", video=file, fps=3, keep_ratio=0.5, max_tokens=2)
-    assert pruned.auto.startswith("auto: vidcom2: ") and pruned.pruner == "vidcom2"
-    assert pruned.visual_tokens_kept == pruned.visual_tokens // 2
+    half = generate(model, processor, "w7 w9", video=file, fps=3, keep_ratio=0.5, max_tokens=2)
+    assert half.auto.startswith("auto: vidcom2: ") and half.pruner == "vidcom2"
+    assert half.visual_tokens_kept == half.visual_tokens // 2
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])

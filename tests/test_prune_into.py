@@ -184,10 +184,11 @@ def test_wrong_positions_would_not_pass(home, stocks, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", QWEN)
-def test_a_video_is_read_whole(home, stocks, kind):
+def test_a_clip_is_pruned_as_in_a_block(home, stocks, kind):
     tokens, odds = answer(kind, pruned_model(home, kind, "divprune", 0.5), video())
-    expected, expected_odds = answer(kind, stocks[kind], video())
-    assert tokens == expected
+    with pruned(stocks[kind], "divprune", keep_ratio=0.5) as report:
+        expected, expected_odds = answer(kind, stocks[kind], video())
+    assert tokens == expected and (report.total, report.kept) == (12, 6)
     np.testing.assert_array_equal(odds, expected_odds)
 
 

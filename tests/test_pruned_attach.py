@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from mlx_vlm_prune import attach, pruned
-from mlx_vlm_prune.checkpoints.errors import UserError
 
 from .host_models import KINDS, cached_models
-from .host_reference import QWEN, stock
-from .into_folders import video
+from .host_reference import stock
 from .test_pruned import held
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
@@ -82,19 +80,6 @@ def flat(model: Any) -> list[tuple[str, mx.array]]:
     from mlx.utils import tree_flatten
 
     return tree_flatten(model.parameters())
-
-
-@pytest.mark.parametrize("name", QWEN)
-def test_a_video_is_read_whole_where_that_is_wanted_and_refused_elsewhere(models, name):
-    model = models(name)
-    expected, expected_odds = stock(model, video())
-    with pruned(model, "norm", keep_ratio=0.5), pytest.raises(UserError, match="only images"):
-        stock(model, video())
-    report, detach = attach(model, "norm", keep_ratio=0.5, allow_videos=True)
-    tokens, odds = stock(model, video())
-    detach()
-    assert tokens == expected and not report.prompts
-    np.testing.assert_array_equal(odds, expected_odds)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])

@@ -43,7 +43,8 @@ def attach(
 
     Of each image's N visual tokens K stay, by `keep_ratio` or `keep_tokens`, half without either;
     "auto" chooses a method, and the report's `auto` says why; `positions` as in `generate`. With
-    `allow_videos` a prompt with a video or sound is read unpruned; without, it is refused.
+    `allow_videos` a prompt with sound, or with a video that cannot be pruned, is read unpruned;
+    without, it is refused.
     `processor` is mlx-vlm's own of the model, or the folder that mlx-vlm will load it from: a
     LLaVA's works with transformers 5.20 and later only where it is given. A method between the
     language model's layers prunes prompts that are read alone, in no batch and not in mlx-vlm's

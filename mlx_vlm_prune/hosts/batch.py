@@ -64,10 +64,12 @@ def split_batch(
 
 
 def _count_images(pixels: Any, extra: Mapping[str, Any]) -> int:
-    """The number of images as far as the arrays tell. Tiles count as one image here."""
+    """The number of images as far as the arrays tell, a clip aside. Tiles count as one image."""
     for name in ("image_grid_thw", "num_patches_list", "image_sizes"):
         if extra.get(name) is not None:
             return len(extra[name])
+    if extra.get("video_grid_thw") is not None:
+        return 0
     if isinstance(pixels, list):
         return len(pixels)
     return 1 if pixels.ndim in (3, 5) else len(pixels)

@@ -3,7 +3,7 @@
 Shapes: B prompts, L rows of the longest, l kept rows of one, D features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..machine.clock import request_clock
 from ..pruners import Pipeline
 from ..pruners.contract import Policy
 from .batch import BatchPrompt, split_batch
+from .clips import check_clip
 from .dropped_rows import IS_READ, PER_ROW, deepstack_rows, to_full_length
 from .host import Host
 from .prefill import prefill_through_cuts, without_embeddings
@@ -26,7 +27,8 @@ from .served import ServerGuard
 from .tower_cache import TowerCache
 from .views import View
 
-OTHER_MEDIA = ("pixel_values_videos", "input_features", "audio_values")
+VIDEO_PIXELS = "pixel_values_videos"
+SOUNDS = ("input_features", "audio_values")
 PRECOMPUTED = ("cached_image_features", "inputs_embeds", "position_ids")  # refused from a caller
 FEATURE_CACHES = ("vision_cache", "_image_key")  # of unpruned features; neither read nor filled
 OVERRIDES = ("position_ids", "rope_deltas", "deepstack_visual_embeds")  # not as mlx-vlm has them
@@ -41,7 +43,7 @@ class PrunedEmbeddings:
     keep_ratio: float | None
     keep_tokens: int | None
     policy: Policy
-    allow_videos: bool  # videos and sound are read unpruned; without, they are refused
+    allow_videos: bool  # what cannot be pruned is read unpruned; without, it is refused
     state: LanguageState
     low_detail: bool = False  # each image keeps `low_detail_tokens`
 
@@ -59,9 +61,15 @@ class PrunedEmbeddings:
         """
         if self.guard:
             self.guard.watch()
-        has_other_media = any(extra.get(name) is not None for name in OTHER_MEDIA)
+        if self._has_clip_alone(input_ids, pixel_values, extra):
+            pixels = extra.pop(VIDEO_PIXELS, None)
+            pixel_values = pixels if pixel_values is None else pixel_values
+        has_other_media = any(extra.get(name) is not None for name in (VIDEO_PIXELS, *SOUNDS))
         if has_other_media and not self.allow_videos:
-            raise UserError("only images are pruned: videos and sound go outside the block")
+            raise UserError(
+                "only images, or one clip alone, are pruned: other videos and sound go outside the"
+                " block"
+            )
         for name in PRECOMPUTED:
             if extra.get(name) is not None:
                 raise UserError(f"leave out {name}: a model that prunes computes it itself")
@@ -70,6 +78,24 @@ class PrunedEmbeddings:
             if pixel_values is None or has_other_media:
                 return self._unpruned(input_ids, pixel_values, mask=mask, **extra)
             return self._pruned(input_ids, pixel_values, mask, extra)
+
+    def _has_clip_alone(self, ids_BL: Any, pixels: Any, extra: Mapping[str, Any]) -> bool:
+        """Whether this is one prompt about one clip that can be pruned.
+
+        Raises UserError where the model or a method cannot, unless it may be read unpruned.
+        """
+        grids = extra.get("video_grid_thw")
+        others = (*SOUNDS, "image_grid_thw", *([VIDEO_PIXELS] if pixels is not None else ()))
+        has_others = any(extra.get(name) is not None for name in others)
+        if grids is None or has_others or len(grids) != 1 or len(ids_BL) != 1:
+            return False
+        try:
+            check_clip(self.host, self.pipeline)
+        except UserError:
+            if self.allow_videos:
+                return False
+            raise
+        return True
 
     def _unpruned(self, ids: Any, pixels: Any, **extra: Any) -> Any:
         """Features of unpruned prompts, with DeepStack's rows (B, L, Y, D) as pruned ones have."""
