@@ -161,9 +161,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument(
         "--explore",
         type=Path,
-        nargs="*",
+        nargs=3,
         metavar="PHOTO",
-        help="also compute docs/gallery.html again, with these photographs",
+        help="also compute docs/gallery.html again, with these three photographs",
     )
     with in_one_sentence():
         args = p.parse_args(argv)

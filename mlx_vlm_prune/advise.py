@@ -107,9 +107,14 @@ class Advice:
     @property
     def recommendation(self) -> str:
         """A command to copy, or a reason not to prune."""
-        speedup = self.times.total / min(self.times.first.values())
+        first = dict(self.times.first)
+        smaller = first.pop("smaller", None)
+        speedup = self.times.total / min(first.values())
         if speedup < LEAST_SPEEDUP:
-            return f"Advice: do not prune; at best it would be {speedup:.2f} x as fast here."
+            advice = f"Advice: do not prune; at best it would be {speedup:.2f} x as fast here."
+            if smaller and self.times.total / smaller >= LEAST_SPEEDUP:
+                return f"{advice} Only a smaller image (--resize-shape) should gain."
+            return advice
         safe = [row for row in self.frontier if self._is_safe(row)]
         is_file = self.image is not None and not self.image.startswith(DATA_URI)
         image = shlex.quote(str(self.image)) if is_file else "photo.jpg"

@@ -73,7 +73,7 @@ logger = logging.getLogger("mlx_vlm_prune")
 SAMPLE_SEED = 1_000_000_007  # held out: the built-in model never saw this scene
 OPTIONS = GenerateOptions.__annotations__.keys()
 SAMPLE_PROMPT = "What does the sign say?"
-SAMPLE_OVERLAY = Path("kept.png")
+SAMPLE_OVERLAY = Path("sample-kept.png")  # no name that a user has
 
 
 def stream_generate(

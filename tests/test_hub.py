@@ -195,7 +195,7 @@ def test_what_the_cache_lacks_is_refused_in_one_sentence_whatever_the_hub_raises
         resolve_path(name, revision)
     reason = str(problem).split("\n")[0] or "Foreign"
     assert str(refusal.value).endswith(f"and the hub did not give it: {reason}")
-    assert str(refusal.value).startswith(f"{name} is not in the cache")
+    assert str(refusal.value).startswith(f"{name} is no path here; it is not in the cache")
 
 
 SHARDS = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})

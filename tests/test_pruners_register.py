@@ -190,6 +190,9 @@ WRONG = {
     r"index_BK of shape \(8,\)": lambda B, K: Reduction(mx.arange(K)),
     "index_BK of mlx.core.float32; give": lambda B, K: Reduction(mx.zeros((B, K))),
     "index_BK as list": lambda B, K: Reduction([[0] * K]),
+    "an index outside the 16 tokens: give 0 to 15": lambda B, K: Reduction(9 + mx.arange(K)[None]),
+    "indices that do not ascend": lambda B, K: Reduction(mx.arange(K)[::-1][None]),
+    "or one twice; sort them": lambda B, K: Reduction(mx.zeros((B, K), mx.int32)),
     r"weight_BKN of shape \(1, 8, 3\)": lambda B, K: Reduction(None, mx.zeros((B, K, 3))),
 }
 

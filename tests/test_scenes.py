@@ -162,7 +162,7 @@ def test_the_demo_answers_rightly_with_all_tokens_and_with_half(tmp_path, monkey
     figures = json.loads((tmp_path / "told.json").read_text())
     assert figures["full"]["text"] == figures["text"] == sign.text.lower()
     assert (figures["visual_tokens"], figures["visual_tokens_kept"]) == (196, 98)
-    assert (tmp_path / "kept.png").stat().st_size > 10_000
+    assert (tmp_path / "sample-kept.png").stat().st_size > 10_000
     assert "Visual tokens: 196 -> 98 (50.0% pruned)" in capsys.readouterr().out
 
 

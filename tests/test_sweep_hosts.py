@@ -39,7 +39,7 @@ def test_every_image_has_its_own_budget_and_the_towers_operations_are_left_out(
 ):
     more = ["--pruner", "norm", "divprune", "downsample", "--keep-ratio", "0.5"]
     result = run(desk, name, tmp_path / "r.json", *more)
-    assert result["operations_cover"] == "language model"
+    assert result["operations_cover"] == "the language model"
     assert [row["pruner"] for row in result["rows"]] == ["none", "norm", "divprune"]
     assert [refusal["pruner"] for refusal in result["refused"]] == ["downsample"]
     full, *pruned = result["rows"]
@@ -53,7 +53,7 @@ def test_every_image_has_its_own_budget_and_the_towers_operations_are_left_out(
         assert row["gain"]["first_token"]["predicted"] is None
         assert row["cache_saved"] == pytest.approx(1 - row["cache_bytes"] / full["cache_bytes"])
     out = capsys.readouterr().out
-    assert "multiply-adds of language model" in out and "Refused: downsample" in out
+    assert "multiply-adds of the language model" in out and "Refused: downsample" in out
 
 
 def test_a_number_of_tokens_is_at_most_an_images(desk, tmp_path):

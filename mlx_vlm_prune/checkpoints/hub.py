@@ -72,8 +72,8 @@ def _fetch(name: str, file: str, revision: str | None) -> Path:
     if path := _find_in_cache(name, file, revision):
         return path
     raise UserError(
-        f"{'/'.join(filter(None, (name, file)))} is not in the cache, or not all of it, and the hub"
-        f" did not give it: {why}"
+        f"{'/'.join(filter(None, (name, file)))} is no path here; it is not in the cache, or"
+        f" not all of it, and the hub did not give it: {why}"
     )
 
 

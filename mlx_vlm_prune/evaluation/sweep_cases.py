@@ -28,7 +28,7 @@ class SweptVLM:
 
     model: VLM
     processor: Any = None
-    counted = "tower, projector and language model"
+    counted = "the tower, projector and language model"
 
     @property
     def N(self) -> int:
@@ -59,7 +59,7 @@ class SweptVLM:
 class SweptHost:
     """A model of mlx-vlm's, whose images differ in N. Its tower's operations are not counted."""
 
-    counted = "language model"
+    counted = "the language model"
     N = None
 
     def __init__(self, host: Host):

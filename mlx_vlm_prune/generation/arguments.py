@@ -324,10 +324,9 @@ def _add_decoding(parser: Parser) -> None:
 def _add_output(parser: Parser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--compare", action="store_true",
-        help="also answer with all visual tokens (with the same drafts, if there are any), and time"
-        " the answers in turns")
-    add("--overlay", type=Path, metavar="FILE.png", help="draw the images with dropped tokens dark"
-        "; with --compare also with all tokens, and both answers")
+        help="also answer with all visual tokens (and the same drafts); time them in turns")
+    add("--overlay", type=Path, metavar="FILE.png",
+        help="draw the images with dropped tokens dark, with --compare beside all tokens")
     add("--json", type=Path, metavar="FILE", help="write the answer and all figures")
     add("--verbose", action=argparse.BooleanOptionalAction, default=True,
         help="print the figures of the answer")

@@ -23,6 +23,7 @@ from .result import GenerationResult
 SECONDS, MOST_SECONDS = 2.0, 30.0  # of all runs: at least, and where a round takes long at most
 FEWEST = 3  # rounds whose agreement is no accident
 QUOTED = 120  # letters of an answer below a picture
+NOT_DRAWN = "an answer in letters that the font of this picture lacks"
 MOST_TOKENS = 48  # of an answer that is timed to its end
 logger = logging.getLogger("mlx_vlm_prune")
 FULL, PRUNED, DRAFTED = "All visual tokens", "Pruned", "Pruned and drafted"
@@ -78,6 +79,8 @@ class Comparison:
         if way == plain:
             return line
         gain = self.gain(way, "first_token", plain)
+        if gain.p10 <= 1 <= gain.p90:
+            return f"{line}, no clear difference"
         return f"{line}, {gain.p10:.2f} to {gain.p90:.2f} x as fast"
 
     def _pair(self, way: str, part: str, baseline: str) -> str:
@@ -86,14 +89,7 @@ class Comparison:
         if part == "whole":
             tokens = [self.runs[name][0].tokens for name in names]
             a, b = f"{a} ({tokens[0]} tokens)", f"{b} ({tokens[1]} tokens)"
-        turns = f"{gain.runs} turn{'s' * (gain.runs > 1)}"
-        spread = f"{gain.p10:.2f} to {gain.p90:.2f} x as fast in {turns}"
-        if is_clear(gain):
-            return f"{a} -> {b}, {gain.median:.2f} x as fast ({spread.replace(' x as fast', '')})"
-        if gain.p10 <= 1 <= gain.p90:
-            return f"{a} -> {b}, ? no clear difference ({spread})"
-        many = "much spread" if gain.runs >= FEWEST else "few turns"
-        return f"{a} -> {b}, {spread}, too {many} for one figure"
+        return f"{a} -> {b}, {_in_words(gain)}"
 
     def as_json(self) -> dict[str, Any]:
         """Medians of every way, and its gains over plain: None where they are not clear."""
@@ -114,6 +110,18 @@ class Comparison:
         gain = self.gain(way, part, baseline)
         reported = gain.median if is_clear(gain) else None
         return {"median": reported, "p10": gain.p10, "p90": gain.p90, "turns": gain.runs}
+
+
+def _in_words(gain: Gain) -> str:
+    """A gain with its spread; one figure only where that is small."""
+    turns = f"{gain.runs} turn{'s' * (gain.runs > 1)}"
+    spread = f"{gain.p10:.2f} to {gain.p90:.2f} x as fast in {turns}"
+    if is_clear(gain):
+        return f"{gain.median:.2f} x as fast ({gain.p10:.2f} to {gain.p90:.2f} in {turns})"
+    if gain.p10 <= 1 <= gain.p90:
+        return f"no clear difference ({spread})"
+    many = "much spread" if gain.runs >= FEWEST else "few turns"
+    return f"{spread}, too {many} for one figure"
 
 
 def is_clear(gain: Gain) -> bool:
@@ -202,7 +210,7 @@ def compared_overlay(
     pictures = []
     for way, answer in answers.items():
         text = f'"{shorten(answer.text, QUOTED, placeholder=" …")}"'
-        lines = [f"{way}: {text}" if _is_drawable(text) else way]
+        lines = [f"{way}: {text if _is_drawable(text) else NOT_DRAWN}"]
         if comparison:
             lines.append(comparison.first_token_line(way))
         tokens = f"{answer.visual_tokens} visual tokens" if way == FULL else answer.caption()

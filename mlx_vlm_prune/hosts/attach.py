@@ -43,14 +43,13 @@ def attach(
 
     Of each image's N visual tokens K stay, by `keep_ratio` or `keep_tokens`, half without either;
     "auto" chooses a method, and the report's `auto` says why; `positions` as in `generate`. With
-    `allow_videos` a prompt with sound, or with a video that cannot be pruned, is read unpruned;
-    without, it is refused.
-    `processor` is mlx-vlm's own of the model, or the folder that mlx-vlm will load it from: a
-    LLaVA's works with transformers 5.20 and later only where it is given. A method between the
-    language model's layers prunes prompts that are read alone, in no batch and not in mlx-vlm's
-    server. Read answers to their end before `detach` is called. Raises UserError for a model,
-    method or budget that cannot be, and for a model that is being pruned already; then, as after
-    any error, the model is as it was.
+    `allow_videos` a prompt with sound, or a video that cannot be pruned, is read unpruned; without,
+    it is refused. `processor` is mlx-vlm's own of the model, or the folder that mlx-vlm will load
+    it from: a LLaVA's works with transformers 5.20 and later only where it is given. A method
+    between the language model's layers prunes prompts that are read alone, in no batch and not in
+    mlx-vlm's server. Read answers to their end before `detach` is called. Raises UserError for a
+    model, method or budget that cannot be, and for a model that is being pruned already; then, as
+    after any error, the model is as it was.
     """
     blas.load()  # warns where mlx came first
     pruner, budget, why = _resolved(model, pruner, keep_ratio, keep_tokens)

@@ -17,6 +17,7 @@ from .image_budgets import REFERENCE, image_budgets
 from .method import Method
 from .numerics import NotFiniteError, all_finite, choice_dtype
 from .observed import observe
+from .reduction_check import check_reduction
 
 # How many times as many tokens as the next method keeps an earlier one leaves: VScan's 96 for 64.
 EARLIER_STEP_FACTOR = 1.5
@@ -169,36 +170,15 @@ class Pruner:
         known = signals if self.method.learned else signals.constant
         chosen = self.enhancer.call(self.enhancer.method.selected, K) if self.enhancer else K
         kept = self.call(self.method.prune or self.weights.prune, known, chosen)
-        kept = _checked(self.name, kept, signals, chosen)
+        method = self.method.prune or type(self.weights).prune
+        kept = check_reduction(self.name, method, kept, signals, chosen)
         if self.enhancer and chosen < K:
             kept = self.enhancer.call(self.enhancer.method.complete, known, kept, K)
-            kept = _checked(self.enhancer.name, kept, signals, K)
+            complete = self.enhancer.method.complete
+            assert complete, "an enhancer has it"
+            kept = check_reduction(self.enhancer.name, complete, kept, signals, K)
         observe(self.name, signals, kept)
         return replace(kept, is_finite=is_finite)
-
-
-def _checked(name: str, kept: Any, signals: Signals, K: int) -> Reduction:
-    """A method's answer. Raises UserError unless its shapes and dtypes are those of K slots."""
-    if not isinstance(kept, Reduction):
-        raise UserError(f"{name} returned {type(kept).__name__}; it must be a Reduction")
-    if kept.index_BK is None and kept.weight_BKN is None:
-        raise UserError(f"{name} returned a Reduction without index_BK and weight_BKN")
-    if (kept.slot_BN is None) != (kept.share_BN is None):
-        raise UserError(f"{name} returned a Reduction with only one of slot_BN and share_BN")
-    B, N, _ = signals.x_BND.shape
-    shapes = {"index_BK": (B, K), "weight_BKN": (B, K, N), "value_BND": (B, N)}
-    shapes |= {"slot_BN": (B, N), "share_BN": (B, N), "score_BN": (B, N)}
-    for part, shape in shapes.items():
-        array = getattr(kept, part)
-        if array is None:
-            continue
-        if not isinstance(array, mx.array):
-            raise UserError(f"{name} returned {part} as {type(array).__name__}, not as mx.array")
-        if array.shape[: len(shape)] != shape or array.ndim != len(part.rpartition("_")[2]):
-            raise UserError(f"{name} returned {part} of shape {array.shape}; it must be {shape}")
-    if kept.index_BK is not None and not mx.issubdtype(kept.index_BK.dtype, mx.integer):
-        raise UserError(f"{name} returned index_BK of {kept.index_BK.dtype}; give whole numbers")
-    return kept
 
 
 @dataclass(frozen=True)

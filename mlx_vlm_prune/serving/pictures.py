@@ -52,7 +52,7 @@ def open_picture(
         elif is_url(link.url):
             raise UserError("it is a URL, and this server fetches none; send a data: URI")
         else:
-            raise UserError("it is no data: URI")
+            raise UserError("it is no data: URI, and local files are never opened")
         picture = open_image(source, max(MAX_PIXELS, settings.max_pixels))
         check_shape(picture)
     except UserError as problem:
