@@ -113,7 +113,8 @@ class Advice:
         if speedup < LEAST_SPEEDUP:
             advice = f"Advice: do not prune; at best it would be {speedup:.2f} x as fast here."
             if smaller and self.times.total / smaller >= LEAST_SPEEDUP:
-                return f"{advice} Only a smaller image (--resize-shape) should gain."
+                way = SMALLER_IMAGE if "inside" in first else "--resize-shape"
+                return f"{advice} Only a smaller image ({way}) should gain."
             return advice
         safe = [row for row in self.frontier if self._is_safe(row)]
         is_file = self.image is not None and not self.image.startswith(DATA_URI)

@@ -73,7 +73,7 @@ logger = logging.getLogger("mlx_vlm_prune")
 SAMPLE_SEED = 1_000_000_007  # held out: the built-in model never saw this scene
 OPTIONS = GenerateOptions.__annotations__.keys()
 SAMPLE_PROMPT = "What does the sign say?"
-SAMPLE_OVERLAY = Path("sample-kept.png")  # no name that a user has
+SAMPLE_OVERLAY = Path("sample-kept.png")  # so that no file of a user is replaced
 
 
 def stream_generate(
@@ -237,7 +237,7 @@ def _write_files(
     *before, answer = answers.values()
     if args.overlay:
         with atomic_path(args.overlay, replace=True) as beside:
-            picture = compared_overlay(answers, comparison) if before else answer.overlay()
+            picture = compared_overlay(answers, comparison) if comparison else answer.overlay()
             picture.save(beside, format="PNG")
         if args.verbose:
             print(f"Overlay: {args.overlay}")

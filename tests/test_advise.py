@@ -86,8 +86,11 @@ def test_without_a_speedup_or_with_a_large_loss_the_advice_is_not_to_prune():
     at_best = "Advice: do not prune; at best it would be 1.02 x as fast here."
     assert advice(ROWS, slow).recommendation == at_best
     slow.first["smaller"] = 50.0
-    smaller = " Only a smaller image (--resize-shape) should gain."
-    assert advice(ROWS, slow).recommendation == at_best + smaller
+    for way in ("downsample", "--resize-shape"):  # of a model of ours, of mlx-vlm's
+        smaller = f" Only a smaller image ({way}) should gain."
+        assert advice(ROWS, slow).recommendation == at_best + smaller
+        at_best = at_best.replace("1.02", "1.01")
+        slow.first.pop("inside", None)
     lossy = [row("norm", 98, 0.9), row("norm", 49, 0.8)]
     assert "every method may lose more than 2%" in advice(lossy).recommendation
     unsure = row("uniform", 49, 0.98)

@@ -47,7 +47,6 @@ def test_matrices_of_one_shape_step_together_as_each_would_alone():
         optimiser.step()
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(one, other)
-    assert not torch.allclose(together[0], together[2])
 
 
 def test_singular_values_come_near_one_and_vectors_stay():

@@ -38,6 +38,37 @@ def test_in_a_block_mlx_vlms_own_functions_prune_a_clip(models, name):
         np.testing.assert_allclose(odds, expected_odds, rtol=0, atol=1e-4)
 
 
+def test_a_clip_in_the_place_of_pictures_is_pruned_too_and_by_a_number_of_tokens(models):
+    model, inputs = models("qwen2_5_vl"), clip("qwen2_5_vl")
+    answers = []
+    for given in (inputs, as_mlx_vlm(inputs)):
+        with pruned(model, "divprune", keep_tokens=5) as report:
+            answers.append(stock(model, given))
+        assert (report.total, report.kept) == (12, 5)
+    assert answers[0][0] == answers[1][0]
+    np.testing.assert_array_equal(answers[0][1], answers[1][1])
+
+
+def test_several_clips_and_clips_in_a_batch_are_refused_or_read_whole(models):
+    model, inputs = models("qwen2_5_vl"), as_mlx_vlm(clip("qwen2_5_vl"))
+    grids = mx.concatenate([inputs.extra["video_grid_thw"]] * 2)
+    pixels = mx.concatenate([inputs.extra["pixel_values_videos"]] * 2)
+    several = {"video_grid_thw": grids, "pixel_values_videos": pixels}
+    in_place = {"video_grid_thw": grids, "pixel_values": pixels}
+    one, two = (mx.array([inputs.ids] * B) for B in (1, 2))
+    ids_of_two = mx.array([inputs.ids + inputs.ids])
+    for ids, extra in ((ids_of_two, several), (ids_of_two, in_place), (two, several)):
+        with pruned(model, "norm"), pytest.raises(UserError, match="or one clip alone, are pruned"):
+            model.get_input_embeddings(ids, **extra)
+    expected = model.get_input_embeddings(two, **several).inputs_embeds
+    _, detach = attach(model, "norm", allow_videos=True)
+    features = model.get_input_embeddings(two, **several)
+    words = model.get_input_embeddings(one[:, :3], video_grid_thw=grids)  # a later turn's
+    detach()
+    np.testing.assert_array_equal(features.inputs_embeds, expected)
+    assert words.inputs_embeds.shape[1] == 3
+
+
 def test_in_a_block_a_clip_that_cannot_be_pruned_is_refused_or_read_whole(models):
     model, inputs = models("qwen2_5_vl"), as_mlx_vlm(clip("qwen2_5_vl"))
     expected, expected_odds = stock(model, inputs)

@@ -25,6 +25,7 @@ from mlx_vlm_prune import (
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.pruned_folder import prune_into
 from mlx_vlm_prune.pruners import METHODS, Method, listing, plan
+from mlx_vlm_prune.pruners.numerics import precision
 
 DOC = """Keep every few tokens, from the first on.
 
@@ -205,3 +206,23 @@ def test_an_answer_that_is_no_reduction_to_K_slots_is_refused_by_the_methods_nam
     method = Pruner("mine", Method("mine", "", Stage.FEATURES, prune=prune))
     with pytest.raises(UserError, match=f"^mine returned .*{sentence}"):
         method(Signals(mx.ones((1, 16, 4)), (4, 4)), 8)
+
+
+def test_indices_are_read_of_the_first_finite_answer_and_not_while_mlx_traces():
+    calls = []
+
+    def prune(signals: Signals, K: int) -> Reduction:
+        calls.append(K)
+        return Reduction(mx.zeros((len(signals.x_BND), K), mx.int32))
+
+    method = Pruner("mine", Method("mine", "", Stage.FEATURES, prune=prune))
+
+    def kept(x_BND: mx.array) -> mx.array:
+        return method(Signals(x_BND, (4, 4)), 8).index_BK
+
+    with mx.stream(mx.cpu), precision("float32"):
+        assert mx.compile(kept)(mx.ones((1, 16, 4))).shape == (1, 8)
+        assert kept(mx.full((1, 16, 4), float("nan"))).shape == (1, 8)
+    with pytest.raises(UserError, match="or one twice"):
+        kept(mx.ones((1, 16, 4)))
+    assert len(calls) == 3

@@ -1,12 +1,13 @@
 """A deeper model grows from the built-in one, begins near its answers, and converts."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from convert.__main__ import main as convert
-from mlx_vlm_prune import generate
+from mlx_vlm_prune import UserError, generate
 from mlx_vlm_prune.hosts.loading import load
 from mlx_vlm_prune.scenes import CHECKPOINT, HELD_OUT_SEEDS, KINDS, pages, question_set
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
@@ -15,8 +16,8 @@ from torch_ref.train_scenes import main as train_command
 from torch_ref.training.recipes import RECIPES
 from torch_ref.training.scenes import judge, train
 from torch_ref.training.scenes_data import ScenesBatches, judge_batches
-from torch_ref.training.scenes_model import SIZES, Trainee, grow
-from torch_ref.training.worlds import PAGES, SMALL
+from torch_ref.training.scenes_model import SIZES, ModelSize, Trainee, check_can_grow, grow
+from torch_ref.training.worlds import IGNORE, PAGES, SMALL
 
 CPU = torch.device("cpu")
 
@@ -26,9 +27,12 @@ def built_in():
     return load_folder(CHECKPOINT, CPU)[0]
 
 
+def of_depth(layers: int) -> ModelSize:
+    return replace(SIZES["deep"], text=replace(SIZES["deep"].text, num_hidden_layers=layers))
+
+
 def grown(built_in, layers: int):
-    size = SIZES["deep"]
-    trainee = Trainee(0.5, replace(size, text=replace(size.text, num_hidden_layers=layers)))
+    trainee = Trainee(0.5, of_depth(layers))
     grow(trainee.vlm, built_in)
     return trainee
 
@@ -57,6 +61,19 @@ def test_new_words_follow_those_of_the_smaller_model(built_in):
     assert PAGES.tokens[: len(old)] == SMALL.tokens and len(after) == len(PAGES.tokens) > len(old)
 
 
+def test_letters_teach_a_tower_that_learns_and_no_other():
+    trainee, batch = Trainee(0.5, SIZES["pages"]), next(iter(ScenesBatches(4, 40, 0, PAGES)))
+    batch = batch.to(CPU)
+    loss, figures = trainee(batch, questions=False)
+    loss.backward()
+    assert "glyph" in figures and trainee.vlm.tower.embeddings.patch_embedding.weight.grad.any()
+    without = replace(batch, glyphs=torch.full_like(batch.glyphs, IGNORE))
+    assert trainee(without, questions=False)[1]["glyph"] == 0
+    trainee.vlm.tower.requires_grad_(False)
+    assert "glyph" not in trainee(batch, questions=False)[1]
+    assert Trainee(0.5, SIZES["deep"]).glyphs is None
+
+
 def test_one_picture_in_four_of_the_model_of_pages_is_a_scene():
     batch = next(iter(ScenesBatches(8, 60, 0, PAGES)))
     assert batch.pixels.shape == (8, 3, 224, 224)
@@ -74,9 +91,17 @@ def test_the_deep_model_of_pages_needs_the_one_that_it_grows_from(capsys):
         assert "--model belongs to --size pages-deep, which needs it" in capsys.readouterr().err
 
 
-def test_layers_that_do_not_divide_are_refused(built_in):
-    with pytest.raises(ValueError, match="4 layers cannot become 6"):
-        grown(built_in, 6)
+def test_a_model_that_another_cannot_grow_from_is_refused(built_in):
+    words = SMALL.ids
+    other_words = {**words, "star": 0}
+    for size, known, sentence in (
+        (SIZES["large"], words, "has other sizes"),
+        (of_depth(6), words, "has 4 layers, which cannot become 6"),
+        (SIZES["pages"], other_words, "has other words"),
+    ):
+        with pytest.raises(UserError, match=f"^here {sentence}"):
+            check_can_grow(Trainee(0.5, size).vlm, built_in, known, PAGES.ids, Path("here"))
+    check_can_grow(Trainee(0.5, SIZES["pages-deep"]).vlm, built_in, words, PAGES.ids, Path("here"))
 
 
 def test_steps_of_a_tower_that_stays_are_refused(capsys):

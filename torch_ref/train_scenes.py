@@ -34,8 +34,8 @@ def build_parser() -> Parser:
         help="small: the built-in model; deep: scenes-deep, the same with twelve layers; pages:"
         " the built-in model, which learns printed pages; pages-deep: the same with twelve layers;"
         " large: scenes-large, of larger scenes and pages (default: small)")
-    add("--model", metavar="FOLDER", help="the model that pages-deep grows from: --size pages,"
-        " converted")
+    add("--model", type=Path, metavar="FOLDER", help="the model that pages-deep grows"
+        " from: a folder that convert made of --size pages")
     add("--out", type=Path, metavar="FOLDER", help="where weights and checkpoints go (default:"
         " runs/scenes, others runs/scenes-SIZE)")
     add("--compile", action="store_true", help="compile the tower on a CPU, too: faster after the"

@@ -324,9 +324,9 @@ def _add_decoding(parser: Parser) -> None:
 def _add_output(parser: Parser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--compare", action="store_true",
-        help="also answer with all visual tokens (and the same drafts); time them in turns")
+        help="also answer with all visual tokens; time the answers in turns")
     add("--overlay", type=Path, metavar="FILE.png",
-        help="draw the images with dropped tokens dark, with --compare beside all tokens")
+        help="draw the images with dropped tokens dark; with --compare, whole beside pruned")
     add("--json", type=Path, metavar="FILE", help="write the answer and all figures")
     add("--verbose", action=argparse.BooleanOptionalAction, default=True,
         help="print the figures of the answer")

@@ -10,14 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from textwrap import shorten
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
 from ..machine.timing import Gain
-from .overlay import join_images
+from .overlay import add_caption, join_images
 from .result import GenerationResult
 
 SECONDS, MOST_SECONDS = 2.0, 30.0  # of all runs: at least, and where a round takes long at most
@@ -79,6 +78,8 @@ class Comparison:
         if way == plain:
             return line
         gain = self.gain(way, "first_token", plain)
+        if gain.runs < FEWEST:
+            return line
         if gain.p10 <= 1 <= gain.p90:
             return f"{line}, no clear difference"
         return f"{line}, {gain.p10:.2f} to {gain.p90:.2f} x as fast"
@@ -201,7 +202,7 @@ def _timed(answer: Callable[[], GenerationResult]) -> RunTimes:
 
 
 def compared_overlay(
-    answers: Mapping[str, GenerationResult], comparison: Comparison | None
+    answers: Mapping[str, GenerationResult], comparison: Comparison
 ) -> Image.Image:
     """What was kept for each answer, side by side, with the answer and its first token below.
 
@@ -209,12 +210,12 @@ def compared_overlay(
     """
     pictures = []
     for way, answer in answers.items():
-        text = f'"{shorten(answer.text, QUOTED, placeholder=" …")}"'
-        lines = [f"{way}: {text if _is_drawable(text) else NOT_DRAWN}"]
-        if comparison:
-            lines.append(comparison.first_token_line(way))
+        text = " ".join(answer.text.split())
+        text = text if len(text) <= QUOTED else f"{text[:QUOTED]} …"
         tokens = f"{answer.visual_tokens} visual tokens" if way == FULL else answer.caption()
-        pictures.append(answer.overlay("\n".join([*lines, tokens])))
+        first = f'{way}: "{text}"' if _is_drawable(text) else f"{way}: {NOT_DRAWN}"
+        lines = [first, comparison.first_token_line(way), tokens]
+        pictures.append(add_caption(answer.overlay(caption=""), "\n".join(lines)))
     return join_images(pictures)
 
 

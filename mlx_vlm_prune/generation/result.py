@@ -98,7 +98,9 @@ class GenerationResult:
         """
         if self.trace is None or not self.views:
             raise UserError("there is no overlay: the prompt had no image")
-        return draw_trace(self.trace, self.views, caption or self.caption(), self.layouts)
+        return draw_trace(
+            self.trace, self.views, self.caption() if caption is None else caption, self.layouts
+        )
 
     def explore(self, *others: "GenerationResult") -> Exploration:
         """This answer, and `others` about the same images, on a page that shows what was kept.

@@ -61,9 +61,11 @@ class PrunedEmbeddings:
         """
         if self.guard:
             self.guard.watch()
-        if self._has_clip_alone(input_ids, pixel_values, extra):
-            pixels = extra.pop(VIDEO_PIXELS, None)
-            pixel_values = pixels if pixel_values is None else pixel_values
+        if extra.get("video_grid_thw") is not None and extra.get("image_grid_thw") is None:
+            if pixel_values is not None:  # of a clip, as mlx-vlm's older callers give them
+                extra[VIDEO_PIXELS], pixel_values = pixel_values, None
+            if self._has_clip_alone(input_ids, extra):
+                pixel_values = extra.pop(VIDEO_PIXELS)
         has_other_media = any(extra.get(name) is not None for name in (VIDEO_PIXELS, *SOUNDS))
         if has_other_media and not self.allow_videos:
             raise UserError(
@@ -79,15 +81,15 @@ class PrunedEmbeddings:
                 return self._unpruned(input_ids, pixel_values, mask=mask, **extra)
             return self._pruned(input_ids, pixel_values, mask, extra)
 
-    def _has_clip_alone(self, ids_BL: Any, pixels: Any, extra: Mapping[str, Any]) -> bool:
-        """Whether this is one prompt about one clip that can be pruned.
+    def _has_clip_alone(self, ids_BL: Any, extra: Mapping[str, Any]) -> bool:
+        """Whether these are one prompt and one clip, without pictures, that can be pruned.
 
         Raises UserError where the model or a method cannot, unless it may be read unpruned.
         """
-        grids = extra.get("video_grid_thw")
-        others = (*SOUNDS, "image_grid_thw", *([VIDEO_PIXELS] if pixels is not None else ()))
-        has_others = any(extra.get(name) is not None for name in others)
-        if grids is None or has_others or len(grids) != 1 or len(ids_BL) != 1:
+        has_sound = any(extra.get(name) is not None for name in SOUNDS)
+        if extra.get(VIDEO_PIXELS) is None or has_sound:
+            return False
+        if len(extra["video_grid_thw"]) != 1 or len(ids_BL) != 1:
             return False
         try:
             check_clip(self.host, self.pipeline)

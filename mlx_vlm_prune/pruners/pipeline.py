@@ -171,12 +171,12 @@ class Pruner:
         chosen = self.enhancer.call(self.enhancer.method.selected, K) if self.enhancer else K
         kept = self.call(self.method.prune or self.weights.prune, known, chosen)
         method = self.method.prune or type(self.weights).prune
-        kept = check_reduction(self.name, method, kept, signals, chosen)
+        kept = check_reduction(self.name, method, kept, signals, chosen, is_finite)
         if self.enhancer and chosen < K:
-            kept = self.enhancer.call(self.enhancer.method.complete, known, kept, K)
-            complete = self.enhancer.method.complete
-            assert complete, "an enhancer has it"
-            kept = check_reduction(self.enhancer.name, complete, kept, signals, K)
+            name, complete = self.enhancer.name, self.enhancer.method.complete
+            kept = self.enhancer.call(complete, known, kept, K)
+            assert complete, "call has checked it"
+            kept = check_reduction(name, complete, kept, signals, K, is_finite)
         observe(self.name, signals, kept)
         return replace(kept, is_finite=is_finite)
 

@@ -17,13 +17,33 @@ _read_once: WeakSet[Callable[..., Any]] = WeakSet()  # whose indices were right 
 
 
 def check_reduction(
-    name: str, method: Callable[..., Any], kept: Any, signals: Signals, K: int
+    name: str,
+    method: Callable[..., Any],
+    kept: Any,
+    signals: Signals,
+    K: int,
+    is_finite: mx.array,
 ) -> Reduction:
     """What a method, a function that is called `name`, returned.
 
     Raises UserError unless its shapes and dtypes are those of K slots, and unless its indices
-    ascend. These are read the first time only, since a GPU has to be waited for.
+    ascend. These are read the first time only, since a GPU has to be waited for, and not of
+    features that are no finite numbers, which are no fault of the method's.
     """
+    _check_shapes(name, kept, signals, K)
+    if kept.index_BK is not None and method not in _read_once:
+        try:
+            index_BK, can_tell = np.array(kept.index_BK).astype(int), bool(is_finite)
+        except ValueError:  # inside a transformation of MLX, which only traces
+            return kept
+        if can_tell:
+            _check_indices(name, index_BK, signals.x_BND.shape[1])
+            _read_once.add(method)
+    checked: Reduction = kept
+    return checked
+
+
+def _check_shapes(name: str, kept: Any, signals: Signals, K: int) -> None:
     if not isinstance(kept, Reduction):
         raise UserError(f"{name} returned {type(kept).__name__}; it must be a Reduction")
     if kept.index_BK is None and kept.weight_BKN is None:
@@ -43,10 +63,6 @@ def check_reduction(
             raise UserError(f"{name} returned {part} of shape {array.shape}; it must be {shape}")
     if kept.index_BK is not None and not mx.issubdtype(kept.index_BK.dtype, mx.integer):
         raise UserError(f"{name} returned index_BK of {kept.index_BK.dtype}; give whole numbers")
-    if kept.index_BK is not None and method not in _read_once:
-        _check_indices(name, np.array(kept.index_BK).astype(int), N)
-        _read_once.add(method)
-    return kept
 
 
 def _check_indices(name: str, index_BK: np.ndarray, N: int) -> None:

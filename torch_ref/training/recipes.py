@@ -1,6 +1,7 @@
 """Every number of the training. Imports no torch, so that its command can tell of them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlx_vlm_prune.checkpoints.errors import UserError
 
@@ -22,8 +23,8 @@ class ScenesRecipe:
     dense_weight: float = 0.5  # of the patch loss in the second stage
     seed: int = 1
     is_grown: bool = False  # from a smaller model
-    is_tower_kept: bool = False  # of that model: the tower does not learn
-    model: str = "scenes"  # that one: the built-in model, or a folder that `convert` made
+    is_tower_kept: bool = False  # the smaller model's tower does not learn
+    model: Path | None = None  # the smaller model, a folder that `convert` made; None: the built-in
 
     def __post_init__(self) -> None:
         """Raises UserError for steps of a tower that stays."""
@@ -33,7 +34,7 @@ class ScenesRecipe:
 
 # deep: the built-in model with twelve layers in place of four, for methods between layers.
 # pages: the built-in model with the words of printed pages.
-# pages-deep: that one with twelve layers.
+# pages-deep: the model of pages with twelve layers.
 # large: 384 pixels, 576 tokens, twelve layers, scenes and pages.
 RECIPES = {
     "small": ScenesRecipe(),

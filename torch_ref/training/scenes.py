@@ -20,13 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mlx_vlm_prune.checkpoints.config import CONFIG
 from mlx_vlm_prune.checkpoints.errors import UserError, reason
-from mlx_vlm_prune.checkpoints.processor import PREPROCESSOR_CONFIG
+from mlx_vlm_prune.checkpoints.processor import PREPROCESSOR_CONFIG, TOKENIZER
 from mlx_vlm_prune.checkpoints.reading import pth
 from mlx_vlm_prune.checkpoints.reading.files import (
     append_json,
@@ -42,7 +43,7 @@ from ..models.vlm import VLM
 from .muon import Float32Muon
 from .recipes import ScenesRecipe
 from .scenes_data import MEAN, STD, Batch, ScenesBatches, judge_batches
-from .scenes_model import SIZES, Trainee, grow
+from .scenes_model import SIZES, Trainee, check_can_grow, grow
 
 
 def half_precision(device: torch.device) -> torch.autocast:
@@ -194,12 +195,14 @@ def beginning(recipe: ScenesRecipe) -> Trainee:
     """The model before its first step."""
     trainee = Trainee(recipe.dense_weight, SIZES[recipe.size])
     if recipe.is_grown:
-        folder = BUILT_IN if recipe.model == "scenes" else Path(recipe.model)
-        grow(trainee.vlm, load_folder(folder, torch.device("cpu"))[0])
+        folder = recipe.model or BUILT_IN
+        shallow, checkpoint = load_folder(folder, torch.device("cpu"))
+        words = Tokenizer.from_file(str(checkpoint.tokenizer_folder / TOKENIZER)).get_vocab()
+        check_can_grow(trainee.vlm, shallow, words, trainee.curriculum.ids, folder)
+        grow(trainee.vlm, shallow)
     if recipe.is_tower_kept:
         trainee.vlm.tower.requires_grad_(False)
         trainee.summary.requires_grad_(False)  # it reads the tower alone
-        trainee.glyphs.requires_grad_(False)  # likewise
     return trainee
 
 

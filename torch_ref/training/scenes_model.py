@@ -4,12 +4,14 @@ Shapes: B pictures, N patches, S = N + 1 with CLS, L prompt and question tokens,
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, VLMConfig
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.scenes.vocabulary import IMAGE_TOKEN
 
 from ..models.towers.vit import Layer, VisionTower
@@ -56,10 +58,9 @@ SIZES = {
     ),
 }
 # fmt: on
+SIZES["deep"] = replace(SIZES["small"], text=replace(SIZES["small"].text, num_hidden_layers=12))
 SIZES["pages"] = replace(SIZES["small"], curriculum=PAGES)
-for name in ("small", "pages"):
-    deep = replace(SIZES[name].text, num_hidden_layers=12)
-    SIZES["deep" if name == "small" else f"{name}-deep"] = replace(SIZES[name], text=deep)
+SIZES["pages-deep"] = replace(SIZES["deep"], curriculum=PAGES)
 NEIGHBOURS = (
     ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)),
     ((-1, -1), (-1, 1), (1, -1), (1, 1), (0, 0)),
@@ -115,9 +116,26 @@ def attend_to_neighbours(tower: VisionTower) -> None:
             k[rows, : 2 * pairs] = 1.6 * torch.eye(d)
 
 
+def check_can_grow(
+    model: VLM, shallow: VLM, words: dict[str, int], more_words: dict[str, int], folder: Path
+) -> None:
+    """Raises UserError unless `shallow`, read from a folder, is `model` with fewer layers and with
+    the first of its words."""
+    ours, theirs = model.config, shallow.config
+    fewer = {"num_hidden_layers": 0, "vocab_size": 0}
+    if (ours.vision, replace(ours.text, **fewer)) != (theirs.vision, replace(theirs.text, **fewer)):
+        raise UserError(f"{folder} has other sizes than the model that is to grow from it")
+    depth, layers = ours.text.num_hidden_layers, theirs.text.num_hidden_layers
+    if depth % layers:
+        raise UserError(f"{folder} has {layers} layers, which cannot become {depth}")
+    if any(more_words.get(word) != number for word, number in words.items()):
+        raise UserError(f"{folder} has other words than the model that is to grow from it")
+
+
 @torch.no_grad()
 def grow(model: VLM, shallow: VLM) -> None:
-    """Give a model the weights of one with fewer layers in its language model, or fewer words.
+    """Give a model the weights of one with fewer layers in its language model, or fewer words, that
+    `check_can_grow` allows.
 
     Each of those layers becomes several, one after another, which each add a part of what it added:
     so the deeper model begins near the other's answers, and no layer is idle. The other's words are
@@ -125,8 +143,6 @@ def grow(model: VLM, shallow: VLM) -> None:
     """
     state, begin = shallow.state_dict(), "model.layers."
     depth, layers = model.config.text.num_hidden_layers, shallow.config.text.num_hidden_layers
-    if depth % layers:
-        raise ValueError(f"{layers} layers cannot become {depth}, which is no multiple of them")
     grown = {}
     for name, value in model.state_dict().items():
         number, _, rest = name.removeprefix(begin).partition(".")
@@ -152,7 +168,9 @@ class Trainee(nn.Module):
         self.curriculum = size.curriculum
         self.vlm, self.dense_weight = build_model(size), dense_weight
         self.summary = nn.Linear(size.vision.hidden_size, SUMMARY)  # from CLS
-        self.glyphs = nn.Linear(size.vision.hidden_size, len(THIRDS) * len(GLYPHS))  # from a patch
+        self.glyphs = None  # from a patch, where there are pages
+        if PAGE_GROUPS.keys() & self.curriculum.groups.keys():
+            self.glyphs = nn.Linear(size.vision.hidden_size, len(THIRDS) * len(GLYPHS))
 
     def forward(self, batch: Batch, questions: bool) -> tuple[Tensor, dict[str, Tensor]]:
         vlm, tower = self.vlm, self.vlm.tower
@@ -163,7 +181,7 @@ class Trainee(nn.Module):
         dense, figures = self.dense_loss(visual_BND, batch.dense)
         loss = dense + 0.3 * cls_loss
         figures["cls"] = cls_loss.detach()
-        if PAGE_GROUPS.keys() & self.curriculum.groups.keys():
+        if self.glyphs and encoded.signals.x_BND.requires_grad:  # it teaches the tower alone
             glyph_loss, figures["glyph"] = self.glyph_loss(encoded.signals.x_BND, batch.glyphs)
             loss = loss + glyph_loss
         if questions:
@@ -199,6 +217,7 @@ class Trainee(nn.Module):
 
     def glyph_loss(self, x_BND: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Every patch names its letters, a third of a patch each; the share that is right."""
+        assert self.glyphs, "there are pages"
         x = F.layer_norm(x_BND.float(), x_BND.shape[-1:])
         logits = self.glyphs(x).unflatten(-1, (len(THIRDS), len(GLYPHS))).flatten(0, -2)
         target = targets.flatten()

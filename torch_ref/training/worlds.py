@@ -201,7 +201,7 @@ class PageWorld:
         A patch names only what lies on the middle line of a text within half a patch of its centre.
         """
         x, y = patch_centres(drawn.side)
-        target = np.full((len(x), len(THIRDS)), IGNORE)
+        target, nearest = (np.full((len(x), len(THIRDS)), n) for n in (IGNORE, PATCH / 2))
         for text in drawn.texts:
             left, _, ends = _ends(drawn, text)
             x0, y0 = drawn.turned(left, text.y)
@@ -210,7 +210,8 @@ class PageWorld:
             for third, shift in enumerate(THIRDS):
                 across = (x + shift - x0) / length
                 off = np.abs(y - (y0 + np.clip(across, 0, 1) * (y1 - y0)))
-                on = (across >= 0) & (across < 1) & (off < PATCH / 2)
+                on = (across >= 0) & (across < 1) & (off < nearest[:, third])
+                nearest[on, third] = off[on]
                 letter = np.searchsorted(ends, across[on] * ends[-1], side="right")
                 named = [GLYPHS.index(text.text[place].lower()) for place in letter]
                 target[on, third] = named

@@ -207,7 +207,7 @@ function start() {
   byId("prompt").classList.toggle("long", data.prompt.length > 160);
   byId("lead").textContent = `${data.model ? `${data.model}: ` : ""}${many(tokens, "visual token")}, ${data.depth} layers in the language model.`;
   byId("odds-about").textContent = "Log-probability in nats of each token of the full answer: rings with all visual tokens, dots with those that were kept. "
-    + "A dot below its ring: pruning made this token less likely. 0 nats is certain, -0.7 half as likely, -2.3 a tenth.";
+    + "A dot below its ring: pruning made this token less likely. 0 nats is a probability of 1, -0.7 of a half, -2.3 of a tenth.";
   byId("odds-section").hidden = !data.answers.some((answer) => answer.logprobs);
   byId("times-about").textContent = `In milliseconds, on ${data.machine.cpu} (${data.machine.cores} cores, ${data.machine.device}); ${data.timing}.`
     + (data.answers.some((answer) => answer.predicted_ms) ? ` Predicted bars come from ${data.prediction}.` : "");
