@@ -78,7 +78,7 @@ def test_mlx_vlm_prunes_in_its_own_loop(run, tmp_path):
 
 def test_a_method_of_ones_own_prunes(run, tmp_path):
     lines = run("new_method.py")
-    assert "98" in " ".join(lines) and (tmp_path / "kept.png").is_file()
+    assert "98" in " ".join(lines) and (tmp_path / "sample-kept.png").is_file()
 
 
 def test_a_learned_pruner_is_trained_and_asked(run, tmp_path):

@@ -90,7 +90,7 @@ def test_every_method_has_its_twin_and_every_module_its_line():
                 assert method.options[key] == parameter.default, (name, key)
     helpers = """
         contract numerics grid rows lazy coverage budget clusters method pipeline scorer spec trace
-        listing observed own_methods shares image_budgets
+        listing observed own_methods shares image_budgets reduction_check
     """
     modules = {file.stem for file in Path(pruners.__file__).parent.glob("[a-z]*.py")}
     assert modules == set(METHODS) | set(helpers.split())
@@ -152,6 +152,9 @@ def test_a_learned_method_agrees_between_frameworks_and_keeps_k(name, example):
     arrays, K = example
     if arrays["x_BND"].shape[1] == K:
         return
+    if name == "attention_pool":  # its softmax makes per cents of the last digits of large logits
+        x_BND = arrays["x_BND"]
+        arrays = {**arrays, "x_BND": x_BND / max(1, np.abs(x_BND).max() / 10)}
     weights, theirs = learned_pair(name, K)
     ours = resolve(name, {name: weights})(signals(arrays), K)
     signals_ = reference_signals(arrays)
