@@ -232,7 +232,7 @@ def test_without_an_image_the_sample_scene_is_explored(tmp_path, capsys):
     ("arguments", "sentence"),
     [
         (["--pruner", "none"], "--pruner none is what all are measured beside; name another"),
-        (["--pruner", "nrom"], "no pruner is called 'nrom'"),
+        (["--pruner", "nrom"], "argument --pruner: no pruner is called 'nrom'"),
         (["--keep-ratio", "2"], "--keep-ratio is 2.0; it must be above 0 and at most 1"),
         (["--out", "page.png"], "--out is page.png; it is a page, so name it .html"),
         (["--image", "nowhere.png", "--prompt", "x"], "there is no image file nowhere.png"),

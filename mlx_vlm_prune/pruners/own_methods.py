@@ -15,15 +15,20 @@ from ..checkpoints.user_module import (
     name_files,
     remember_file,
 )
-from . import METHODS, register_pruner
+from . import AUTO, METHODS, check_names, register_pruner
 
 SIGNS = "+:"  # of chains and options
 
 
 def method_spec(text: str) -> str:
-    """The type of the option --pruner: a specification, with names in place of files."""
+    """The type of the option --pruner: a specification, with names in place of files.
+
+    An unknown name is refused here, before a model is loaded.
+    """
     try:
-        return register_files(text)
+        spec = register_files(text)
+        check_names([part for part in spec.split("+") if part != AUTO])
+        return spec
     except UserError as problem:
         raise argparse.ArgumentTypeError(str(problem)) from None
 

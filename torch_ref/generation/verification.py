@@ -126,9 +126,9 @@ def _notes(rows: Sequence[Comparison]) -> list[str]:
         "apart: tokens that one framework keeps and the other does not. features: the visual rows"
         " that the\nlanguage model reads, logits: of every token of the answer, each the largest"
         " difference as a share of\nthe largest value. answer: greedy tokens that are equal.",
-        f"{verdicts.count('agrees')} of {len(rows)} methods agree: the same tokens, and differences"
-        f" of at most {RELATIVE:g} of a value and\n{OF_LARGEST:g} of the largest, which the order"
-        " of float32 sums explains.",
+        f"{verdicts.count('agrees')} of {len(rows)} methods agree. To agree means the same tokens,"
+        f" and differences of at most {RELATIVE:g}\nof a value and {OF_LARGEST:g} of the largest,"
+        " which the order of float32 sums explains.",
     ]
     if count := verdicts.count("near-tie"):
         lines.append(
