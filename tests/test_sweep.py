@@ -219,7 +219,7 @@ def test_larger_images_are_read_where_max_pixels_allows_them(home, tmp_path, cap
 
 
 MISTAKES = [
-    (["--pruner", "nrm"], "no pruner is called 'nrm'; did you mean norm"),
+    (["--pruner", "nrm"], "argument --pruner: no pruner is called 'nrm'; did you mean norm"),
     (["--pruner", "norm", "none"], "--pruner none is what all are measured beside"),
     (["--keep-ratio", "0.5", "2"], "--keep-ratio is 2.0; it must be above 0 and at most 1"),
     (["--keep-tokens", "0"], "--keep-tokens is 0; "),
