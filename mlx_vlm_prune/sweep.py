@@ -34,7 +34,7 @@ from .machine.hardware import describe_machine, versions
 from .machine.user_cache import model_key
 from .models.adapters import adapter_key
 from .models.loading import find_folder
-from .pruners import AUTO, check_names
+from .pruners import AUTO
 
 DEFAULT_METHODS = ("random", "norm", "divprune")
 DEFAULT_RATIOS = (0.5, 0.25)
@@ -115,7 +115,6 @@ def methods_of(args: argparse.Namespace, default: Sequence[str]) -> Sequence[str
 
 def check_cases(args: argparse.Namespace) -> None:
     """Refuse methods, budgets and prompts that cannot be, in `explore` too. Raises UserError."""
-    check_names(args.pruner or ())
     if "none" in (args.pruner or ()):
         raise UserError("--pruner none is what all are measured beside; name another")
     for ratio in args.keep_ratio or ():

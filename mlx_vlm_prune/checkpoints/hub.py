@@ -22,7 +22,7 @@ PATTERNS = [
     "vocab.txt",
 ]
 WEIGHTS = (".pth", ".bin", ".safetensors")
-DRAWN_MODELS = ("scenes-deep", "scenes-large")  # too large for a wheel
+DRAWN_MODELS = ("scenes-deep", "scenes-large")  # of drawn pictures; too large for a wheel
 CLONE = Path(__file__).parents[2]
 
 

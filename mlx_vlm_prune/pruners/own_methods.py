@@ -15,7 +15,7 @@ from ..checkpoints.user_module import (
     name_files,
     remember_file,
 )
-from . import AUTO, METHODS, check_names, register_pruner
+from . import METHODS, check_names, register_pruner
 
 SIGNS = "+:"  # of chains and options
 
@@ -27,7 +27,7 @@ def method_spec(text: str) -> str:
     """
     try:
         spec = register_files(text)
-        check_names([part for part in spec.split("+") if part != AUTO])
+        check_names([spec])
         return spec
     except UserError as problem:
         raise argparse.ArgumentTypeError(str(problem)) from None

@@ -1,6 +1,6 @@
 """Every number of the training. Imports no torch, so that its command can tell of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_vlm_prune.checkpoints.errors import UserError
@@ -57,18 +57,8 @@ RECIPES = {
         adam_rate=1e-3,
         is_grown=True,
     ),
-    "pages-deep": ScenesRecipe(
-        size="pages-deep",
-        tower_steps=0,
-        steps=400,
-        warmup=20,
-        batch=16,
-        muon_rate=5e-4,
-        adam_rate=2e-4,
-        is_grown=True,
-        is_tower_kept=True,
-    ),
     "large": ScenesRecipe(
         size="large", tower_steps=2500, steps=10_000, batch=64, question_tokens=320, warmup=200
     ),
 }
+RECIPES["pages-deep"] = replace(RECIPES["deep"], size="pages-deep", steps=400)

@@ -168,7 +168,8 @@ class PageWorld:
         target[:, groups.index("kind")] = SCENE_GROUPS["kind"].index(BACKGROUND)
         nearest = np.full(len(x), np.inf)
         for text in drawn.texts:
-            left, right, _ = _ends(drawn, text)
+            left, ends = _ends(drawn, text)
+            right = left + ends[-1]
             x0, y0 = drawn.turned(left, text.y)
             x1, y1 = drawn.turned(right, text.y)
             across = (x - x0) / max(x1 - x0, 1e-6)  # 0 at the text's left end, 1 at its right
@@ -203,7 +204,7 @@ class PageWorld:
         x, y = patch_centres(drawn.side)
         target, nearest = (np.full((len(x), len(THIRDS)), n) for n in (IGNORE, PATCH / 2))
         for text in drawn.texts:
-            left, _, ends = _ends(drawn, text)
+            left, ends = _ends(drawn, text)
             x0, y0 = drawn.turned(left, text.y)
             x1, y1 = drawn.turned(left + ends[-1], text.y)
             length = max(x1 - x0, 1e-6)
@@ -218,13 +219,13 @@ class PageWorld:
         return target
 
 
-def _ends(page: pages.Page, text: pages.Text) -> tuple[float, float, np.ndarray]:
-    """Left and right end of a text as it is drawn, before the page is turned, and how far from its
-    left end each letter ends."""
+def _ends(page: pages.Page, text: pages.Text) -> tuple[float, np.ndarray]:
+    """Left end of a text as it is drawn, before the page is turned, and how far from there each
+    letter ends."""
     font = load_font(page.font, round(OVERSAMPLE * text.size))
     lengths = [font.getlength(text.text[: i + 1]) / OVERSAMPLE for i in range(len(text.text))]
     left = text.x - lengths[-1] * {"l": 0.0, "m": 0.5, "r": 1.0}[text.anchor[0]]
-    return left, left + lengths[-1], np.array(lengths)
+    return left, np.array(lengths)
 
 
 World = SceneWorld | PageWorld
