@@ -175,13 +175,13 @@ def test_texts_are_tokenized_outside_the_thread_that_computes(loaded, monkeypatc
 def test_mlx_vlms_processors_run_outside_the_thread_that_computes(host, monkeypatch):
     from mlx_vlm_prune.hosts import running_batch
 
-    names, prepare = list[str](), running_batch.prepare_prompt
+    names, prepare = list[str](), running_batch.prepare_request
 
     def noted(*arguments: Any) -> Any:
         names.append(threading.current_thread().name)
         return prepare(*arguments)
 
-    monkeypatch.setattr(running_batch, "prepare_prompt", noted)
+    monkeypatch.setattr(running_batch, "prepare_request", noted)
     with serve(*host) as server:
         assert server.chat(question("w7 w9", noise(20, 20)), max_tokens=2)
         assert names and "engine" not in names

@@ -109,15 +109,15 @@ def test_downloads_have_bounds_and_leave_the_server_free(loaded, site, resolver,
     with serve(*loaded, allow_url=True) as server:
         assert server.chat(message("?", f"{base}/a.png"), max_tokens=1)
         status, sentence = server.refusal(message("?", f"{base}/a.png", f"{base}/moved"))
-        assert (status, sentence) == (413, "the pictures have more than 0 MB together")
+        assert (status, sentence) == (413, "the URLs have more than 0 MB together")
 
 
 def turns(*messages: dict[str, Any], places: bool = True, strict: bool = False) -> Any:
     """The texts, the numbers of the pictures' texts, and the warnings."""
     notes = Notes(strict)
     body = check_body(json.loads(json.dumps({"messages": messages})))
-    texts, links = read_turns(body.messages, places, notes)
-    return texts, [n for n, _ in links], notes.warnings
+    read = read_turns(body.messages, places, notes)
+    return read.texts, [n for n, _ in read.pictures], notes.warnings
 
 
 def parts(*contents: str) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def test_pictures_keep_their_places_among_texts():
     assert turns(parts("*", "or", "*")) == (["", "<image>\nor\n<image>"], [1, 1], [])
     texts, images, (warning,) = turns(parts("A:", "*", "B:", "*"), places=False)
     assert (texts, images) == (["", "A:\nB:"], [1, 1]) and "template says where" in warning
-    with pytest.raises(RequestRefusedError, match="template says where pictures go"):
+    with pytest.raises(RequestRefusedError, match="template says where pictures and videos go"):
         turns(parts("*", "or", "*"), places=False, strict=True)
 
 

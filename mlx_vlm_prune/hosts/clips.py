@@ -19,14 +19,7 @@ from ..inputs.video import Clip
 from ..pruners import Pipeline, Pruner, Stage
 from .host import Host
 from .prepared_inputs import PreparedInputs, ProcessorOptions
-from .prompt_text import (
-    answer_messages,
-    check_prompt,
-    messages,
-    processed,
-    rendered,
-    system_turns,
-)
+from .prompt_text import check_prompt, conversation_messages, processed, rendered
 from .views import View
 
 VIDEO = "video"  # what stands for its path
@@ -73,11 +66,8 @@ def prepare_clip(
     template_options = dict(request.chat_template_config or {})
     # The template reads no more of the clip than that there is one.
     video = {"video": [VIDEO], "fps": clip.fps}
-    turns = system_turns(host, request.system, template_options)
-    for number, turn in enumerate([*request.history, Turn(request.prompt, 0, "")]):
-        turns += messages(host, turn.question, 0, **template_options, **({} if number else video))
-        if number < len(request.history):
-            turns += answer_messages(host, turn, template_options)
+    questions = [*request.history, Turn(request.prompt, 0, "")]
+    turns = conversation_messages(host, questions, request.system, template_options, video)
     text = rendered(host, turns, template_options, request.system)
     if [text.count(mark) for mark in marks] != [1]:
         raise UserError(f"the chat template of this {host.kind} model has no place for a video")

@@ -66,17 +66,29 @@ def conversation_text(
 ) -> str:
     """The text of several turns behind a system message; each question has its images where mlx-vlm
     puts those of a prompt alone. Raises UserError for a model that reads none of these."""
+    latest = Turn(prompt, images - sum(turn.images for turn in history), "")
     with library_errors(_failing(host)):
-        turns = system_turns(host, system, options)
-        for turn in history:
-            turns += messages(host, turn.question, turn.images, **options)
-            turns += answer_messages(host, turn, options)
-        turns += messages(host, prompt, images - sum(turn.images for turn in history), **options)
+        turns = conversation_messages(host, [*history, latest], system, options)
     if not all(isinstance(message, dict) for message in turns):
         if not history:
             raise UserError(f"a {host.kind} model reads one question and no system message")
         raise UserError(f"a {host.kind} model reads one question and no earlier turns; begin again")
     return rendered(host, turns, options, system)
+
+
+def conversation_messages(
+    host: Host, turns: Sequence[Turn], system: str | None, options: Mapping[str, Any],
+    of_first: Mapping[str, Any] | None = None,
+) -> list[Any]:  # fmt: skip
+    """The messages of turns behind a system message; the last one has no answer yet. The first
+    question has options of its own, for example a clip."""
+    conversation = system_turns(host, system, options)
+    for number, turn in enumerate(turns):
+        more = {} if number else of_first or {}
+        conversation += messages(host, turn.question, turn.images, **options, **more)
+        if turn is not turns[-1]:
+            conversation += answer_messages(host, turn, options)
+    return conversation
 
 
 def messages(host: Host, turn: Any, images: int, **options: Any) -> list[Any]:

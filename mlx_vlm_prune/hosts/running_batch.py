@@ -23,21 +23,21 @@ from ..generation.sampling import SeededSampler, penalties
 from ..generation.steps import sample_token
 from ..generation.stream import AnswerWriter, initial_result
 from ..inputs.budget import LOW_DETAIL_PART, LOW_DETAIL_TOKENS, budget, check_budget
-from ..inputs.image import open_image
 from ..machine.bounded_store import BoundedStore
 from ..machine.clock import Clock, request_clock
 from ..machine.hardware import versions
 from ..pruners import Pipeline
 from ..pruners.contract import Policy
 from ..pruners.trace import Trace
+from .clips import check_clip, open_clip
 from .compatibility import check_pipeline
 from .families import host_of
 from .families.pruner_defaults import plan_for_host
 from .host import generation_stream
 from .input_embeddings import PrunedEmbeddings
 from .prepared_inputs import PreparedInputs, ProcessorOptions
-from .prompt import prepare_prompt
 from .pruned_language import LanguageState, pruned_class
+from .stream import open_images, prepare_request
 from .tower_cache import TowerCache
 from .views import View
 
@@ -129,6 +129,8 @@ class HostRunningBatch:
             if getattr(request, name):  # mlx-vlm's batches have them for all prompts or not at all
                 raise UserError(f"{name} is not possible in a batch of mlx-vlm's; leave it out")
         pipeline = plan_for_host(self.host, request.pruner)
+        if request.video is not None:
+            check_clip(self.host, pipeline)
         policy = check_pipeline(self.host, pipeline, request.positions)
         if pipeline.decoder:
             raise UserError(
@@ -138,13 +140,14 @@ class HostRunningBatch:
         return pipeline, policy
 
     def prepare(self, request: Request) -> PreparedPictures:
-        """Pictures and all turns through mlx-vlm's template and processor. Raises UserError."""
+        """Pictures or a clip and all turns through mlx-vlm's template and processor. Raises
+        UserError."""
         clock = request_clock()
-        images = [open_image(source, request.pixel_limit) for source in request.images]
-        inputs = prepare_prompt(
-            self.host, request.prompt, images, request.chat_template_config, ProcessorOptions(),
-            request.history, request.system,
-        )  # fmt: skip
+        if request.video is not None:
+            check_clip(self.host, plan_for_host(self.host, request.pruner))
+        options = ProcessorOptions()
+        seen = open_clip(request, options) or open_images(request)
+        inputs = prepare_request(self.host, request, seen, options)
         # What is not computed belongs to this thread, and another one reads the prompt.
         clock.end_part("image", [inputs.mask_1L, inputs.pixels, [*inputs.extra.values()]])
         return PreparedPictures(request, clock, len(inputs.ids), inputs)
@@ -156,9 +159,10 @@ class HostRunningBatch:
         pipeline, _ = self._plan(request)
         has_own_number = pipeline.trained_tokens or pipeline.own_budget(len(ids)) is not None
         has_own_number = has_own_number or pipeline.has_dynamic_budget
-        if host.placeholder_unit != "token" or has_own_number or not request.images:
+        images = len(request.images) or int(request.video is not None)
+        if host.placeholder_unit != "token" or has_own_number or not images:
             return prepared.rows
-        images, N = len(request.images), ids.count(host.image_token_id(prepared.inputs))
+        N = ids.count(host.image_token_id(prepared.inputs))
         if low_detail:
             K = images * LOW_DETAIL_TOKENS + N // LOW_DETAIL_PART
         elif request.keep_tokens is not None:

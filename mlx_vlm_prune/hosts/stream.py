@@ -124,7 +124,7 @@ def stream_generate(
         check_clip(host, pipeline)
     clip = open_clip(request, preparation)
     with turns.turn():
-        inputs = _prepared(host, request, clip or images, preparation)
+        inputs = prepare_request(host, request, clip or images, preparation)
         clock.end_part("image", inputs.pixels)
         mx.reset_peak_memory()
         with _naming_faulty_part(host, inputs, views), generation_stream(), clock.running():
@@ -155,10 +155,10 @@ def read_first_token(
     return piece.result
 
 
-def _prepared(
+def prepare_request(
     host: Host, request: Request, seen: Seen, preparation: ProcessorOptions
 ) -> PreparedInputs:
-    """The prompt with its clip or its images."""
+    """The prompt with its clip or its images, as ids and pixels. Raises UserError."""
     if isinstance(seen, Clip):
         return prepare_clip(host, request, seen, preparation)
     return prepare_prompt(

@@ -32,15 +32,15 @@ ImageSource = (
 )
 
 
-class DownloadedImage(bytes):
-    """The bytes of an image's file, and what a sentence calls it."""
+class NamedBytes(bytes):
+    """The bytes of a file, and what a sentence calls it."""
 
     name: str
 
-    def __new__(cls, content: bytes, name: str) -> "DownloadedImage":
-        image = super().__new__(cls, content)
-        image.name = name
-        return image
+    def __new__(cls, content: bytes, name: str) -> "NamedBytes":
+        named = super().__new__(cls, content)
+        named.name = name
+        return named
 
 
 def is_url(source: Any) -> bool:
@@ -69,7 +69,7 @@ def source_name(source: ImageSource) -> str:
         return "the data URI"
     if is_url(source):
         return url_name(str(source))
-    if isinstance(source, DownloadedImage):
+    if isinstance(source, NamedBytes):
         return source.name
     return os.fspath(source) if isinstance(source, str | os.PathLike) else "the image"
 

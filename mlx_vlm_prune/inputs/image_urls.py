@@ -18,7 +18,7 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from ..checkpoints.errors import UserError, reason
 from ..checkpoints.version import __version__
-from .image_sources import URL_LETTERS, DownloadedImage, url_name
+from .image_sources import URL_LETTERS, NamedBytes, url_name
 
 logger = logging.getLogger("mlx_vlm_prune")
 SECONDS = 30.0  # a download may take, with all its redirects
@@ -28,7 +28,7 @@ MAX_BYTES = 50_000_000  # a photograph of 25 megapixels as PNG
 MOST_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
 PORTS = {"http": 80, "https": 443}
-HEADERS = {"User-Agent": f"mlx_vlm_prune/{__version__}", "Accept": "image/*"}
+HEADERS = {"User-Agent": f"mlx_vlm_prune/{__version__}", "Accept": "image/*, video/*"}
 NAT64 = ip_network("64:ff9b::/96")  # an IPv4 address in its last 32 bits
 UNICAST = ip_network("2000::/3")  # all public addresses of IPv6
 
@@ -60,7 +60,7 @@ def download(
     is_allowed: Callable[[Address], bool] | None = None,
     resolve: Resolve = addresses_of,
     seconds: float = SECONDS,
-) -> DownloadedImage:
+) -> NamedBytes:
     """The bytes behind an http or https URL.
 
     `is_allowed` judges each address (default: `is_public`). Raises UserError, one sentence that
@@ -83,7 +83,7 @@ def download(
     if run.problem:
         text = "".join(c if c.isprintable() else "?" for c in reason(run.problem)[:100])
         raise UserError(f"cannot download {run.name}: {text}") from run.problem
-    return DownloadedImage(run.content, run.name)
+    return NamedBytes(run.content, run.name)
 
 
 class _Download(Thread):

@@ -21,7 +21,7 @@ from .engine import Engine, Piece, refusal_of
 from .listener import Listener, too_slow
 from .metrics import CONTENT_TYPE, Metrics
 from .open_requests import OpenRequest, OpenRequests
-from .pictures import Downloads, download_pictures
+from .pictures import Downloads, download_all
 from .refusals import RequestRefusedError
 from .settings import LOOPBACK, MAX_OPEN_BYTES, ServerSettings
 
@@ -83,14 +83,14 @@ class Server:
             return EventStream(self._stream(listener, chat, first), end.pop_all())
 
     async def _read(self, content: bytes, open_request: OpenRequest) -> ChatRequest:
-        """A request with its pictures, read in threads; few requests at once, as each may take a
+        """A request with what it shows, read in threads; few requests at once, as each may take a
         gigabyte."""
         body = await in_thread(self.decoding, parse_body, content)
         links, settings, downloads = body.links, self.settings, Downloads()
         check_count(links, settings)
         if settings.allow_url:
             downloads = await in_thread(
-                self.downloading, lambda: download_pictures(links, open_request.seconds_left)
+                self.downloading, lambda: download_all(links, open_request.seconds_left)
             )
             open_request.hold(len(content) + sum(map(len, downloads.values())))
         return await in_thread(

@@ -7,7 +7,7 @@ from ..hosts.auto import facts_of
 from ..inputs.budget import LOW_DETAIL_TOKENS
 from ..planning.auto_budgets import first_method
 from ..pruners import AUTO
-from ..pruners.auto import choose
+from ..pruners.auto import choose, choose_for_clip
 from .chat_request import ChatRequest
 from .time_budget import TimeBudgets
 from .visual_budget import VisualBudget
@@ -39,6 +39,11 @@ class AutoMethods:
         budget = chat.budget
         if budget.pruner != AUTO:
             return budget, None
+        if chat.request.video is not None:
+            if budget.budget_ms is not None:  # which chooses for pictures alone
+                return budget, None
+            choice = choose_for_clip(budget.keep_ratio, budget.keep_tokens)
+            return VisualBudget(**choice.options), choice.line
         if not chat.request.images:
             return VisualBudget(), None
         if budget.budget_ms is not None:

@@ -1,4 +1,4 @@
-"""From a checked body to what a model is asked: turns, opened pictures, a budget, warnings."""
+"""From a checked body to what a model is asked: turns, what they show, a budget, warnings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,12 @@ from ..checkpoints.errors import UserError, short
 from ..generation.request import Request
 from ..inputs.image import MOST_PIXELS
 from ..inputs.messages import Turn
+from ..inputs.video import Clip
+from .clips import open_clip
 from .open_requests import OpenRequest
 from .pictures import Downloads, fit_picture, open_picture
 from .refusals import Notes, RequestRefusedError, in_api_words
-from .request_schema import ChatBody, ImageUrl
+from .request_schema import ChatBody, ImageUrl, VideoUrl
 from .settings import ServerSettings
 from .turns import read_turns
 from .visual_budget import VisualBudget, visual_budget
@@ -37,22 +39,29 @@ class ChatRequest:
         """Let go of them: the prompt was read, and only its answer is still being written."""
         assert isinstance(self.request.images, list)
         self.request.images.clear()
+        if isinstance(self.request.video, Clip):
+            self.request.video.frames.clear()
 
 
 def read_chat_request(
     body: ChatBody, downloads: Downloads, settings: ServerSettings, open_request: OpenRequest
 ) -> ChatRequest:
-    """A request with its pictures opened, which it then holds in place of its body. Raises
-    RequestRefusedError."""
+    """A request with its pictures or its clip opened, which it then holds in place of its body.
+    Raises RequestRefusedError."""
     notes = Notes(bool(body.strict))
     note_fields(body, settings, notes)
-    texts, links = read_turns(body.messages, settings.places_pictures, notes)
-    budget, warnings = visual_budget(body, [link.detail for _, link in links], settings)
+    turns = read_turns(body.messages, settings.places_pictures, notes)
+    budget, warnings = visual_budget(body, [link.detail for _, link in turns.pictures], settings)
     for sentence in warnings:
         notes.warn(sentence, "detail")
-    pictures = open_pictures([link for _, link in links], downloads, settings, open_request, notes)
-    counts = [sum(turn == n for turn, _ in links) for n in range(len(texts))]
-    request = build_request(body, texts, counts, pictures)
+    links = [link for _, link in turns.pictures]
+    seen: list[Image.Image] | Clip
+    if turns.clip:
+        seen = open_clip(turns.clip, downloads, settings, open_request, notes)
+    else:
+        seen = open_pictures(links, downloads, settings, open_request, notes)
+    counts = [sum(turn == n for turn, _ in turns.pictures) for n in range(len(turns.texts))]
+    request = build_request(body, turns.texts, counts, seen)
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
     stop = [text for text in body.stop or () if text]
     gives_max_tokens = (body.max_completion_tokens or body.max_tokens) is not None
@@ -74,7 +83,7 @@ def note_fields(body: ChatBody, settings: ServerSettings, notes: Notes) -> None:
         notes.warn(f"{len(names) - MOST_FIELDS_NAMED} more fields are not possible here")
 
 
-def check_count(links: Sequence[ImageUrl], settings: ServerSettings) -> None:
+def check_count(links: Sequence[ImageUrl | VideoUrl], settings: ServerSettings) -> None:
     """Raises RequestRefusedError for more pictures than the server allows."""
     if len(links) > settings.max_images:
         raise RequestRefusedError(
@@ -99,9 +108,10 @@ def open_pictures(
 
 
 def build_request(
-    body: ChatBody, texts: Sequence[str], images: Sequence[int], pictures: list[Image.Image]
+    body: ChatBody, texts: Sequence[str], images: Sequence[int], seen: list[Image.Image] | Clip
 ) -> Request:
-    """The arguments of an answer, without a budget; `images` has how many come with each text.
+    """The arguments of an answer about pictures or a clip, without a budget; `images` has how many
+    pictures come with each text.
 
     Raises RequestRefusedError.
     """
@@ -122,7 +132,9 @@ def build_request(
         longest = 0
     try:
         return Request(
-            talk[-1], pictures, system=system or None, history=tuple(history),
+            talk[-1], seen if isinstance(seen, list) else [],
+            video=seen if isinstance(seen, Clip) else None,
+            system=system or None, history=tuple(history),
             max_tokens=DEFAULT_MAX_TOKENS if longest is None else longest,
             max_pixels=MOST_PIXELS, **options,
         )  # fmt: skip

@@ -7,17 +7,17 @@ from PIL import Image
 
 from ..checkpoints.errors import UserError
 from ..inputs.image import MAX_PIXELS, open_image
-from ..inputs.image_sources import DATA_URI, DownloadedImage, is_url
+from ..inputs.image_sources import DATA_URI, NamedBytes, is_url
 from ..inputs.image_urls import SECONDS, download
 from ..inputs.placement import stored_image
 from .refusals import Notes, RequestRefusedError, in_api_words
-from .request_schema import ImageUrl
+from .request_schema import ImageUrl, VideoUrl
 from .settings import MAX_BODY_BYTES, MAX_SIDE_RATIO, ServerSettings
 
-Downloads = dict[str, DownloadedImage]
+Downloads = dict[str, NamedBytes]
 
 
-def download_pictures(links: Sequence[ImageUrl], seconds: float) -> Downloads:
+def download_all(links: Sequence[ImageUrl | VideoUrl], seconds: float) -> Downloads:
     """The files behind all URLs of a request, one after another, within so many seconds and of
     MAX_BODY_BYTES together. Raises RequestRefusedError."""
     end, files, nbytes = time.monotonic() + seconds, Downloads(), 0
@@ -28,11 +28,13 @@ def download_pictures(links: Sequence[ImageUrl], seconds: float) -> Downloads:
             left = max(0.0, end - time.monotonic())
             files[link.url] = download(link.url, seconds=min(SECONDS, left))
         except UserError as problem:
+            if isinstance(link, VideoUrl):
+                raise RequestRefusedError(f"the video: {problem}", field="video_url") from None
             raise _refusal(number, problem) from None
         nbytes += len(files[link.url])
         if nbytes > MAX_BODY_BYTES:
             most = MAX_BODY_BYTES // 1_000_000
-            raise RequestRefusedError(f"the pictures have more than {most} MB together", 413)
+            raise RequestRefusedError(f"the URLs have more than {most} MB together", 413)
     return files
 
 
@@ -43,21 +45,24 @@ def open_picture(
 
     No path is ever opened.
     """
-    is_data = link.url[: len(DATA_URI)].lower() == DATA_URI
     try:
-        if is_data:
-            source: str | bytes = DATA_URI + link.url[len(DATA_URI) :]
-        elif link.url in downloads:
-            source = downloads[link.url]
-        elif is_url(link.url):
-            raise UserError("it is a URL, and this server fetches none; send a data: URI")
-        else:
-            raise UserError("it is no data: URI, and local files are never opened")
+        source = source_of(link.url, downloads)
         picture = open_image(source, max(MAX_PIXELS, settings.max_pixels))
         check_shape(picture)
     except UserError as problem:
         raise _refusal(number, problem) from None
     return picture
+
+
+def source_of(url: str, downloads: Downloads) -> str | bytes:
+    """What is behind a URL: a `data:` URI, or the bytes that were downloaded. Raises UserError."""
+    if url[: len(DATA_URI)].lower() == DATA_URI:
+        return DATA_URI + url[len(DATA_URI) :]
+    if url in downloads:
+        return downloads[url]
+    if is_url(url):
+        raise UserError("it is a URL, and this server fetches none; send a data: URI")
+    raise UserError("it is no data: URI, and local files are never opened")
 
 
 def check_shape(picture: Image.Image) -> None:
@@ -73,9 +78,7 @@ def fit_picture(number: int, picture: Image.Image, max_pixels: int, notes: Notes
     """The picture with at most so many pixels; a warning where it is smaller than in its file."""
     stored = stored_image(picture)
     width, height = stored.size[::-1] if stored.orientation > 4 else stored.size
-    factor = (max_pixels / (picture.width * picture.height)) ** 0.5
-    if factor < 1:
-        size = (max(1, int(picture.width * factor)), max(1, int(picture.height * factor)))
+    if (size := fitting_size(picture.size, max_pixels)) != picture.size:
         picture = picture.resize(size, Image.Resampling.BICUBIC)
     if picture.size != (width, height):
         notes.warn(
@@ -84,6 +87,14 @@ def fit_picture(number: int, picture: Image.Image, max_pixels: int, notes: Notes
             "image_url",
         )
     return picture
+
+
+def fitting_size(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
+    """Width and height of at most so many pixels, in the same ratio."""
+    factor = (max_pixels / (size[0] * size[1])) ** 0.5
+    if factor >= 1:
+        return size
+    return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
 
 
 def _refusal(number: int, problem: UserError) -> RequestRefusedError:

@@ -25,6 +25,11 @@ def as_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
+def as_link(url: Any) -> Any:
+    """A URL as an object that has it: a text alone is one."""
+    return {"url": url} if isinstance(url, str) else url
+
+
 # Fields that change no answer here, or that ask for what is done anyway.
 HARMLESS = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -64,8 +69,30 @@ class TextPart(Part):
     text: str
 
 
-PART_KINDS = ("text", "image_url")
-AnyPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+class VideoUrl(Part):
+    """A clip, as a `data:` URI or a URL, and which of its frames are taken."""
+
+    url: str
+    fps: float | None = None
+    max_frames: int | None = None
+
+
+class VideoPart(Part):
+    """A clip in a message, as servers of open models have it; OpenAI's has none."""
+
+    type: Literal["video_url"]
+    video_url: Annotated[VideoUrl, BeforeValidator(as_link)]
+
+
+PART_KINDS = ("text", "image_url", "video_url")
+AnyPart = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+
+
+def link_of(part: ImagePart | VideoPart) -> ImageUrl | VideoUrl:
+    """What is shown."""
+    return part.image_url if isinstance(part, ImagePart) else part.video_url
+
+
 Content = Annotated[
     list[AnyPart], Field(max_length=MOST_PARTS, fail_fast=True), BeforeValidator(as_parts)
 ]
@@ -117,10 +144,10 @@ class ChatBody(Part):
         return sorted(_unknown(self, ""))
 
     @property
-    def links(self) -> list[ImageUrl]:
-        """All pictures."""
+    def links(self) -> list[ImageUrl | VideoUrl]:
+        """All pictures and clips."""
         parts = [part for message in self.messages for part in message.content or ()]
-        return [part.image_url for part in parts if isinstance(part, ImagePart)]
+        return [link_of(part) for part in parts if not isinstance(part, TextPart)]
 
 
 def _unknown(part: Any, place: str) -> list[str]:

@@ -1,24 +1,31 @@
 """A chat's messages as questions and answers in turns, with the places of their pictures."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 from ..inputs.prompt import IMAGE_MARK
 from .refusals import Notes, RequestRefusedError
-from .request_schema import ImagePart, ImageUrl, Message
+from .request_schema import ImageUrl, Message, TextPart, VideoUrl, link_of
 
 SYSTEM = ("system", "developer")
-Parts = list[str | ImageUrl]  # of a turn, in their order
+Parts = list[str | ImageUrl | VideoUrl]  # of a turn, in their order
 
 
-def read_turns(
-    messages: Sequence[Message], places_pictures: bool, notes: Notes
-) -> tuple[list[str], list[tuple[int, ImageUrl]]]:
-    """The texts of a conversation and its pictures, each with the number of its text.
+@dataclass(frozen=True)
+class ReadTurns:
+    """The texts of a conversation: the system's ("" without one), then questions and answers in
+    turns; its pictures, each with the number of its text; and the clip that it is about."""
 
-    Texts are the system's ("" without one), then questions and answers in turns; messages of one
-    role behind each other are one turn. Raises RequestRefusedError for what is no conversation
-    that begins and ends with a question.
+    texts: list[str]
+    pictures: list[tuple[int, ImageUrl]]
+    clip: VideoUrl | None
+
+
+def read_turns(messages: Sequence[Message], places_pictures: bool, notes: Notes) -> ReadTurns:
+    """A conversation's texts, pictures and clip; messages of one role behind each other are one
+    turn. Raises RequestRefusedError for what is no conversation that begins and ends with a
+    question, and for a clip that is not the first question's or not alone.
     """
     turns, system = list[tuple[str, Parts]](), Parts()
     for number, message in enumerate(messages):
@@ -36,28 +43,58 @@ def read_turns(
             field="messages",
         )
     all_parts = [system, *(parts for _, parts in turns)]
+    clip = clip_of(all_parts)
     texts = [text_of(parts, places_pictures, notes) for parts in all_parts]
-    links = [
+    pictures = [
         (n, part)
         for n, parts in enumerate(all_parts)
         for part in parts
         if isinstance(part, ImageUrl)
     ]
-    return texts, links
+    return ReadTurns(texts, pictures, clip)
+
+
+def clip_of(all_parts: Sequence[Parts]) -> VideoUrl | None:
+    """The clip of a conversation, whose first text is the system's; its place among the words is
+    the chat template's. Raises RequestRefusedError for one that cannot be read."""
+    clips = [
+        (n, part)
+        for n, parts in enumerate(all_parts)
+        for part in parts
+        if isinstance(part, VideoUrl)
+    ]
+    if not clips:
+        return None
+    if len(clips) > 1:
+        raise RequestRefusedError(
+            f"a chat has one video; there are {len(clips)}", field="messages"
+        )  # fmt: skip
+    if any(isinstance(part, ImageUrl) for parts in all_parts for part in parts):
+        raise RequestRefusedError(
+            "a chat is about a video or about pictures; leave out one of them", field="messages"
+        )
+    ((number, clip),) = clips
+    if number != 1:
+        raise RequestRefusedError(
+            "the video must come with the first question; all later ones are about it, too",
+            field="messages",
+        )
+    return clip
 
 
 def parts_of(message: Message, number: int) -> Parts:
-    """A message's texts and pictures. Raises RequestRefusedError for a picture that is not the
-    user's, and for no content."""
+    """A message's texts, pictures and clips. Raises RequestRefusedError for a picture that is not
+    the user's, and for no content."""
     if message.content is None and message.role != "assistant":
         raise RequestRefusedError(f"messages[{number}] has no content", field="messages")
     content = message.content or ()
-    if message.role != "user" and any(isinstance(part, ImagePart) for part in content):
+    if message.role != "user" and not all(isinstance(part, TextPart) for part in content):
         raise RequestRefusedError(
-            f"messages[{number}] of the {message.role} has a picture; only the user's can",
+            f"messages[{number}] of the {message.role} has a picture or a video; only the user's"
+            " can",
             field="messages",
         )
-    return [part.image_url if isinstance(part, ImagePart) else part.text for part in content]
+    return [part.text if isinstance(part, TextPart) else link_of(part) for part in content]
 
 
 def text_of(parts: Parts, places_pictures: bool, notes: Notes) -> str:
@@ -67,9 +104,9 @@ def text_of(parts: Parts, places_pictures: bool, notes: Notes) -> str:
     A user's own marks are places where there are as many as pictures.
     """
     parts = [part for part in parts if part]
+    is_mixed = len([*groupby(parts, key=lambda part: isinstance(part, str))]) > 2
+    parts = [part for part in parts if not isinstance(part, VideoUrl)]
     pictures = sum(isinstance(part, ImageUrl) for part in parts)
-    runs = len([*groupby(parts, key=lambda part: isinstance(part, ImageUrl))])
-    is_mixed = runs > 2
     marks = sum(part.count(IMAGE_MARK) for part in parts if isinstance(part, str))
     if marks and (is_mixed or marks != pictures or not places_pictures):
         notes.warn(f"the words have {IMAGE_MARK}, which was left out: it marks no picture here")
@@ -77,6 +114,6 @@ def text_of(parts: Parts, places_pictures: bool, notes: Notes) -> str:
     if is_mixed and places_pictures:
         return "\n".join(part if isinstance(part, str) else IMAGE_MARK for part in parts)
     if is_mixed:
-        notes.warn("the model's chat template says where pictures go: they lost their places among"
-                   " the texts")  # fmt: skip
+        notes.warn("the model's chat template says where pictures and videos go: they lost their"
+                   " places among the texts")  # fmt: skip
     return "\n".join(part for part in parts if isinstance(part, str))
