@@ -99,6 +99,26 @@ def test_the_picture_shows_both_answers_and_their_times(monkeypatch):
         assert lines(text, 40)[1][0] == f"Pruned: {NOT_DRAWN}"
 
 
+def test_the_picture_has_every_answer_and_every_image(tmp_path, monkeypatch, capsys):
+    photo, file = tmp_path / "photo.png", tmp_path / "kept.png"
+    compose(0).image().save(photo)
+    parts, add = [], comparison.add_caption
+    monkeypatch.setattr(
+        comparison,
+        "add_caption",
+        lambda image, text: parts.append((image.width, text.split(":")[0])) or add(image, text),
+    )
+    command = ["--prompt", "How many shapes are there?", "--pruner", "twig", "--keep-tokens", "98"]
+    command += ["--num-draft-tokens", "2", "--max-tokens", "2", "--compare"]
+    for images in ([photo], [photo, photo]):
+        main([*command, "--image", *map(str, images), "--overlay", str(file)])
+    capsys.readouterr()
+    with Image.open(file) as picture:
+        assert picture.width >= sum(width for width, _ in parts[3:])
+    assert [way for _, way in parts] == [FULL, PRUNED, DRAFTED] * 2
+    assert parts[3][0] > 2 * parts[0][0] > 0  # both images beside each other
+
+
 def test_ways_take_turns_for_two_seconds_and_at_least_three_times(monkeypatch):
     now = iter(range(1000))
     clock = SimpleNamespace(perf_counter=lambda: 0.1 * next(now))

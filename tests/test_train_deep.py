@@ -145,3 +145,24 @@ def test_the_trained_one_answers_also_where_a_method_drops_between_its_layers():
             for picture, q in cases
         ]
         assert answers == [q.answer for _, q in cases]
+
+
+def test_a_compiled_tower_trains_as_the_plain_one(tmp_path, monkeypatch):
+    """Here without the code that a compiler writes, which is the same for every user of torch."""
+    calls, compiled = [], torch.nn.Module.compile
+
+    def traced(module: torch.nn.Module) -> None:
+        calls.append(type(module).__name__)
+        compiled(module, backend="eager")
+
+    monkeypatch.setattr("torch_ref.training.scenes.best_device", lambda: CPU)
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    recipe = replace(RECIPES["pages"], tower_steps=2, steps=2, warmup=1, batch=2, question_tokens=40)
+    states = []
+    for name, is_compiled in (("plain", False), ("compiled", True)):
+        train(tmp_path / name, recipe, minutes=9, workers=0, is_compiled=is_compiled)
+        states.append(torch.load(tmp_path / name / "last.pt", weights_only=True)["model"])
+    plain, other = states
+    assert calls == ["VisionTower"] and plain.keys() == other.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=1e-4, msg=name)
