@@ -306,7 +306,10 @@ def test_a_model_of_ours_reads_no_video(home):
         Chat(*load()).ask("is it red ?", video=home / "clip")
     with pytest.raises(UserError, match="in a chat set_video opens a video"):
         Chat(*load(), video=home / "clip")
-    for wrong, sentence in ((7, "video is 7; give an MP4"), (bytearray(b"RIFF"), "video is bytearray(b'RIFF')")):
+    for wrong, sentence in (
+        (7, "video is 7; give an MP4"),
+        (bytearray(b"RIFF"), "video is bytearray(b'RIFF')"),
+    ):
         with pytest.raises(UserError, match=re.escape(sentence)):
             generate(*load(), "is it red ?", video=wrong)
 

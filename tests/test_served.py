@@ -31,7 +31,6 @@ from mlx_vlm_prune.hosts.pruned_folder import prune_into
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 pytest.importorskip("uvicorn", reason="mlx-vlm's server needs uvicorn")
 from . import host_folders
-from .test_video import film
 
 KIND = "qwen3_vl"
 METHOD, RATIO = "divprune", 0.25
@@ -229,27 +228,6 @@ def test_requests_join_one_that_is_being_answered(folder_server, home, whole):
         (choice,) = long.result()["choices"]
     assert_same([x["logprob"] for x in choice["logprobs"]["content"]][:TOKENS],
          expected(home, whole, QUESTIONS[0]))  # fmt: skip
-
-
-def test_a_clip_is_pruned_as_mlx_vlms_generate_prunes_it(folder_server, home, whole):
-    from mlx_vlm import apply_chat_template
-    from mlx_vlm import generate as theirs
-
-    model, processor = whole
-    file = str(film(home / "clip.avi", 20, 10))
-    text = apply_chat_template(processor, model.config, "w7 w9", video=[file])
-    options = {"video": [file], "max_tokens": TOKENS, "temperature": 0.0}
-    plain = theirs(model, processor, text, **options)
-    with pruned(model, METHOD, keep_ratio=RATIO) as report:
-        wanted = theirs(model, processor, text, **options)
-    assert report.kept == int(report.total * RATIO) and wanted.text != plain.text
-    video = {"type": "video_url", "video_url": {"url": file}}
-    content = [video, {"type": "text", "text": "w7 w9"}]
-    body = {"model": folder_server.model, "messages": [{"role": "user", "content": content}]}
-    body |= {"max_tokens": TOKENS, "temperature": 0}
-    answer = json.loads(folder_server.call("/v1/chat/completions", json.dumps(body).encode()))
-    (choice,) = answer["choices"]
-    assert choice["message"]["content"].strip() == wanted.text.strip()
 
 
 def test_a_streamed_answer_is_the_same(folder_server):

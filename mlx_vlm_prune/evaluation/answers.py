@@ -25,7 +25,7 @@ from ..inputs.prompt import Prompt, tokenize_prompt
 from ..models.towers.signals import Encoded
 from ..models.vlm import VLM
 from ..pruners import Pipeline
-from .questions import Question
+from .questions import ClipFile, Question
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class PreparedQuestion:
 
 
 def open_question_images(question: Question, max_pixels: int) -> list[Image.Image]:
-    """The images of a question. Raises UserError if one cannot be opened."""
+    """The images of a question. Raises UserError if one cannot be opened, and for a clip."""
+    if isinstance(question.image, ClipFile):
+        raise UserError("it is about a video, and this model reads none")
     first = question.image() if callable(question.image) else question.image
     return [open_image(image, max_pixels) for image in (first, *question.more_images)]
 

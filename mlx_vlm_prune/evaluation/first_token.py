@@ -22,7 +22,7 @@ from ..hosts import stream as host_stream
 from ..machine.clock import Timings
 from ..models.vlm import VLM
 from .budgeted_methods import BudgetedMethod
-from .questions import Question
+from .questions import ClipFile, Question
 
 
 def measure_first_tokens(
@@ -59,10 +59,15 @@ def _drawn(question: Question) -> Any:
 
 def request_of(question: Question, method: BudgetedMethod, options: Mapping[str, Any]) -> Request:
     """The request for a question's first token with a method."""
-    is_count = isinstance(method.K, int)
+    is_count, seen, images = isinstance(method.K, int), question.image, list[Any]()
+    if isinstance(seen, ClipFile):
+        frames = {"video": seen.path, "fps": seen.fps, "max_frames": seen.max_frames}
+        options = {**options, **frames}
+    else:
+        images = [seen, *question.more_images]  # the first is drawn by now
     return Request(
         question.text,
-        [question.image, *question.more_images],  # type: ignore[list-item]  # drawn by now
+        images,
         pruner=method.pipeline, positions=method.pipeline.policy,
         keep_tokens=int(method.K) if is_count else None,
         keep_ratio=None if is_count else method.K, max_tokens=1, **options,

@@ -11,11 +11,13 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
+from ..generation.request import Request
+from ..hosts.clips import check_clip, prepare_clip
 from ..hosts.compatibility import check_pipeline
 from ..hosts.families.pruner_defaults import with_family_defaults
 from ..hosts.host import Host, generation_stream
 from ..hosts.prefill import HostPrefill, prefill_through_cuts
-from ..hosts.prepared_inputs import PreparedInputs
+from ..hosts.prepared_inputs import PreparedInputs, ProcessorOptions
 from ..hosts.prompt import (
     ViewBudgets,
     add_text,
@@ -27,10 +29,11 @@ from ..hosts.prompt import (
 )
 from ..hosts.views import View
 from ..inputs.image import MAX_PIXELS
+from ..inputs.video import open_video
 from ..pruners import METHODS, Pipeline, Stage, plan
 from .answers import Answers, answer_prefill, open_question_images
 from .budgeted_methods import with_restore
-from .questions import Question
+from .questions import ClipFile, Question
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class PreparedHostQuestion:
 
     inputs: PreparedInputs
     right_ids: list[int]
+    has_clip: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,16 +76,28 @@ class EvaluatedHost:
         return str(self.tokenizer.decode(ids))
 
     def prepare(self, question: Question) -> PreparedHostQuestion:
-        """Open the images and build the prompt. Raises UserError where it cannot be asked."""
-        inputs = prepare_prompt(
-            self.host, question.text, open_question_images(question, self.max_pixels)
-        )
+        """Open the images or the clip and build the prompt. Raises UserError where it cannot be
+        asked."""
+        inputs = self._inputs(question)
         end = getattr(self.tokenizer, "eos_token_id", None)
         ends = [end] if end in self.ends else sorted(self.ends)[:1]
         right_ids = [*self.encode(question.answers[0] if question.answers else ""), *ends]
         if not right_ids:
             raise UserError("its answer is empty, and the tokenizer has no token that ends one")
-        return PreparedHostQuestion(inputs, right_ids)
+        return PreparedHostQuestion(inputs, right_ids, isinstance(question.image, ClipFile))
+
+    def _inputs(self, question: Question) -> PreparedInputs:
+        """A question as ids and pixels. Raises UserError."""
+        seen = question.image
+        if not isinstance(seen, ClipFile):
+            images = open_question_images(question, self.max_pixels)
+            return prepare_prompt(self.host, question.text, images)
+        if self.host.why_no_clips:
+            raise UserError(
+                f"it is about a video, and this model reads none: {self.host.why_no_clips}"
+            )
+        clip = open_video(seen.path, seen.fps, seen.max_frames, self.max_pixels)
+        return prepare_clip(self.host, Request(question.text, []), clip, ProcessorOptions())
 
     def make_batch(self, prepared: Sequence[PreparedHostQuestion]) -> HostQuestionBatch:
         views = []
@@ -101,6 +117,8 @@ class EvaluatedHost:
         """
         pipeline = with_family_defaults(pipeline, self.host.kind, self.host.processor)
         policy = check_pipeline(self.host, pipeline, pipeline.policy)
+        if any(question.has_clip for question in batch.questions):
+            check_clip(self.host, pipeline)
         answers, by_view = [], partial(_budgets, K=K, pipeline=pipeline)
         for question, views in zip(batch.questions, batch.views, strict=True):
             with self.host.preserve_state(), generation_stream():

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..checkpoints.errors import UserError
 from .judge import check_kinds
-from .questions import BadRecords, Format, Question
+from .questions import BadRecords, ClipFile, Format, Question
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def fingerprint(questions: Iterable[Question]) -> str:
 
 
 def _identity(image: object) -> object:
+    if isinstance(image, ClipFile):
+        return _identity(image.path), image.fps, image.max_frames
     if isinstance(image, Path) and image.exists():
         stat = image.stat()
         return image.name, stat.st_size, stat.st_mtime_ns

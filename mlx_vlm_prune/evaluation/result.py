@@ -20,7 +20,7 @@ from .evaluation_run import EvaluationRun
 from .first_token import measure_first_tokens
 from .judge import AnswerTable, Judge
 from .question_set import QuestionSet
-from .questions import BadRecords, Picture, Question
+from .questions import BadRecords, ClipFile, Picture, Question
 from .result_file import BUILT_IN, question_set_key
 
 GIVEN = ("num_draft_tokens", "max_pixels")  # options that are told where they are given
@@ -136,7 +136,10 @@ def texts_of(answers: AnswerTable) -> list[dict[str, Any]]:
 
 
 def image_name(image: Picture) -> str | None:
-    """A picture's file; of one inside the question file its SHA-256; of a drawn one the scene."""
+    """A picture's or a clip's file; of a picture inside the question file its SHA-256; of a drawn
+    one the scene."""
+    if isinstance(image, ClipFile):
+        return image.path.name
     if isinstance(image, Path):
         return image.name
     if isinstance(image, bytes):

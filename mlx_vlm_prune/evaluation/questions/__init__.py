@@ -28,8 +28,20 @@ from typing import Any
 from PIL import Image
 
 from ...checkpoints.errors import UserError
+from ...inputs.video import DEFAULT_FPS, DEFAULT_MAX_FRAMES
 
-Picture = Path | bytes | Callable[[], Image.Image]  # a file, its bytes, or drawn on demand
+
+@dataclass(frozen=True)
+class ClipFile:
+    """A video or a folder of frames, and which of its frames are taken."""
+
+    path: Path
+    fps: float = DEFAULT_FPS
+    max_frames: int = DEFAULT_MAX_FRAMES
+
+
+# A file, its bytes, drawn on demand, or a clip.
+Picture = Path | bytes | Callable[[], Image.Image] | ClipFile
 SENTENCE_TOKENS = 32  # the least length of a response that may hold the answer in a sentence
 
 # From a name for --format to the file of this folder that reads it.
@@ -87,8 +99,8 @@ class Question:
 
     `answers` are the right ones. The log-probability of the first is measured. There is none where
     the authors keep the right answers to themselves.
-    `image` is a path, the bytes of an image file, or a function that draws the picture on demand;
-    `more_images` are those after it, of a question about several.
+    `image` is a path, the bytes of an image file, a function that draws the picture on demand, or a
+    clip; `more_images` are those after it, of a question about several.
     Questions of one `group` are scored together (MME: two about an image; MMBench: one question
     with its options rotated). A question without a group stands alone.
     `scoring_data` is whatever else the format's `score` needs.

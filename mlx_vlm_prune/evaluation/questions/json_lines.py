@@ -5,6 +5,11 @@ A line holds `image` (a path, relative to the images' folder or else to the file
 
     {"image": "a.png", "question": "What colour is the star?", "answer": ["grey", "gray"]}
 
+In place of an image it may hold a `video` (a file, or a folder of frames), with `fps` (2) and
+`max_frames` (32), for a model that reads one:
+
+    {"video": "a.mp4", "fps": 1, "question": "What falls?", "answer": "a cup"}
+
 A response is right when it equals one of the answers, except for case, white space and a final
 full stop.
 """
@@ -13,11 +18,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import BadRecords, Question, Source
+from ...checkpoints.errors import UserError
+from ...inputs.video import check_frame_options
+from . import BadRecords, ClipFile, Question, Source
 from .records import (
+    RecordError,
     existing_file,
     image_file,
     image_folder,
+    media_file,
     numbered_lines,
     optional_field,
     parse_object,
@@ -49,6 +58,24 @@ def _question(number: int, line: bytes, images: Path) -> Question:
         id=optional_field(record, "id", f"{number}"),
         text=text_field(record, "question"),
         answers=tuple(answers),
-        image=image_file(images, text_field(record, "image")),
+        image=_clip(record, images) if "video" in record else _image(record, images),
         kind=optional_field(record, "kind", "all"),
     )
+
+
+def _image(record: dict[str, Any], images: Path) -> Path:
+    return image_file(images, text_field(record, "image"))
+
+
+def _clip(record: dict[str, Any], images: Path) -> ClipFile:
+    if "image" in record:
+        raise RecordError("it has an image and a video; a question is about one of them")
+    name = text_field(record, "video")
+    path = media_file(images, name, "video", may_be_folder=True)
+    numbers = {name: record[name] for name in ("fps", "max_frames") if name in record}
+    clip = ClipFile(path, **numbers)
+    try:
+        check_frame_options(clip.fps, clip.max_frames)
+    except UserError as fault:
+        raise RecordError(str(fault)) from None
+    return clip

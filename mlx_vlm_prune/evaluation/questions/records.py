@@ -174,21 +174,30 @@ def optional_field(record: dict[str, Any], key: str, default: str) -> str:
 
 def image_file(folder: Path, name: str) -> Path:
     """The path of a question's image. Raises RecordError where there is no such file."""
+    return media_file(folder, name, "image")
+
+
+def media_file(folder: Path, name: str, kind: str, *, may_be_folder: bool = False) -> Path:
+    """The path of a question's image or video. Raises RecordError where there is none."""
     if is_url(name):
-        raise RecordError(f"{url_name(name)} is a URL; download the image and give its path")
+        raise RecordError(f"{url_name(name)} is a URL; download the {kind} and give its path")
     is_invalid = len(name) > LONGEST_NAME or any(ord(letter) < 32 for letter in name)
-    is_file = False
+    is_there = False
     try:
-        # Not Path.is_file, which from Python 3.14 on returns False for an invalid name.
-        is_file = not is_invalid and stat.S_ISREG((folder / name).stat().st_mode)
+        if not is_invalid:
+            # Not Path.is_file, which from Python 3.14 on returns False for an invalid name.
+            mode = (folder / name).stat().st_mode
+            is_there = stat.S_ISREG(mode) or (may_be_folder and stat.S_ISDIR(mode))
     except OSError as e:
         is_invalid = e.errno == errno.ENAMETOOLONG
     except ValueError:  # characters that no file system allows
         is_invalid = True
     if is_invalid:
-        raise RecordError(f"{name[:80]!r} is not the name of an image file")
-    if not is_file:
-        raise RecordError(f"there is no image file {folder / name}")
+        raise RecordError(
+            f"{name[:80]!r} is not the name of a{'n' * (kind == 'image')} {kind} file"
+        )
+    if not is_there:
+        raise RecordError(f"there is no {kind} file {folder / name}")
     return folder / name
 
 
