@@ -1,10 +1,11 @@
-"""Scenes as data to train on: `python -m benchmarks.scenes_data --format minimind --out DIR`.
+"""Drawn worlds as data to train on: `python -m benchmarks.scenes_data --format minimind --out DIR`.
 
 Writes DIR/train and DIR/valid as MiniMind-V's parquet, as LLaVA's JSON, or as JSON lines, the last
 two with their pictures in DIR/images. A scene is an example, and its questions are turns about one
 picture; with `--separate` each is an example, as the built-in model, which knows one turn only, was
 trained. Scenes that methods are judged on are in neither file; the same options write the same
-files. The last line is one JSON object of what was written.
+files. `--world pages` writes printed pages, `--world scenes pages` a picture of each in turn. The
+last line is one JSON object of what was written.
 
     python -m benchmarks.scenes_data --format jsonl --kinds farthest --turns 1 --out farthest
 """
@@ -13,7 +14,7 @@ import argparse
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence
 from mlx_vlm_prune.checkpoints.errors import UserError, missing_package
 from mlx_vlm_prune.checkpoints.reading.files import atomic_path
 from mlx_vlm_prune.inputs.prompt import IMAGE_MARK
-from mlx_vlm_prune.scenes import KINDS, TRAIN_SEEDS, Question, Scene, ask, compose
+from mlx_vlm_prune.scenes import KINDS, TRAIN_SEEDS, Question, Scene, ask, compose, pages
 from mlx_vlm_prune.scenes.questions import content
 
 from .command_line import natural, positive
@@ -39,6 +41,7 @@ ODDS = {
     "existence": 2, "colour": 2, "counting": 3, "relation": 3, "grounding": 2, "reading": 2,
     "content": 2, "farthest": 2, "highest": 2,
 }  # fmt: skip
+PAGE_ODDS = {"total": 1, "cell": 4, "field": 3, "highest": 2, "lines": 1, "word": 3, "place": 3}
 PIECE = 512  # scenes that processes draw before the next are due
 TRIES = 8  # questions tried for each turn: a scene answers some kinds only, and none twice
 CLEARLY = 12  # pixels by which a shape is farther, or higher, than the next
@@ -68,9 +71,35 @@ def highest(scene: Scene, rng: np.random.Generator) -> Question | None:
 MORE_KINDS = {"content": content, "farthest": farthest, "highest": highest}
 
 
+def question_of(scene: Scene, kind: str, rng: np.random.Generator) -> Question | None:
+    """A question of a kind, or None where this scene cannot answer one."""
+    more = MORE_KINDS.get(kind)
+    return more(scene, rng) if more else ask(scene, kind, rng)
+
+
+@dataclass(frozen=True)
+class World:
+    """How a picture of a seed is drawn and asked about; `usual` kinds of question are asked where
+    no others are named."""
+
+    compose: Callable[[int], Any]
+    picture: Callable[[Any], Image.Image]
+    ask: Callable[[Any, str, np.random.Generator], Question | None]
+    odds: dict[str, int]
+    usual: tuple[str, ...]
+
+
+WORLDS = {
+    "scenes": World(compose, Scene.image, question_of, ODDS, (*KINDS, "content")),
+    "pages": World(
+        partial(pages.compose, page_size=pages.SMALL), pages.draw, pages.ask, PAGE_ODDS, pages.KINDS
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Example:
-    """A scene with its picture's bytes and what is asked about it."""
+    """A picture's seed and bytes, and what is asked about it."""
 
     seed: int
     picture: bytes
@@ -85,31 +114,36 @@ class Example:
         ]
 
 
-def question_of(scene: Scene, kind: str, rng: np.random.Generator) -> Question | None:
-    """A question of a kind, or None where this scene cannot answer one."""
-    more = MORE_KINDS.get(kind)
-    return more(scene, rng) if more else ask(scene, kind, rng)
+@dataclass(frozen=True)
+class Asking:
+    """Worlds, a picture of each in turn; kinds of question, where a world has none of them its
+    usual ones; the most questions about a picture; and the kind that is asked first."""
+
+    kinds: Sequence[str] = ()
+    turns: int = 8
+    always: str | None = None
+    worlds: Sequence[str] = ("scenes",)
+
+    def world_of(self, seed: int) -> World:
+        return WORLDS[self.worlds[seed % len(self.worlds)]]
+
+    def questions(self, world: World, drawn: Any) -> tuple[Question, ...]:
+        """Different questions, at most `turns`; the same ones for the same picture."""
+        rng = np.random.default_rng([drawn.seed, 3])
+        kinds = [kind for kind in self.kinds if kind in world.odds] or world.usual
+        odds = np.array([world.odds[kind] for kind in kinds], float)
+        tried = rng.choice(kinds, TRIES * self.turns, p=odds / odds.sum())
+        questions = (world.ask(drawn, str(kind), rng) for kind in tried)
+        return tuple(islice(dict.fromkeys(filter(None, questions)), self.turns))
 
 
-def questions_about(scene: Scene, kinds: Sequence[str], turns: int) -> tuple[Question, ...]:
-    """Different questions, at most `turns`; the same ones for the same scene."""
-    rng = np.random.default_rng([scene.seed, 3])
-    odds = np.array([ODDS[kind] for kind in kinds], float)
-    tried = rng.choice(kinds, TRIES * turns, p=odds / odds.sum())
-    questions = (question_of(scene, str(kind), rng) for kind in tried)
-    return tuple(islice(dict.fromkeys(filter(None, questions)), turns))
+def examples(seeds: range, count: int, asking: Asking, workers: int = 1) -> Iterator[Example]:
+    """The first `count` pictures that answer a question of these kinds. Raises UserError.
 
-
-def examples(
-    seeds: range, count: int, kinds: Sequence[str], turns: int, always: str | None = None,
-    workers: int = 1,
-) -> Iterator[Example]:  # fmt: skip
-    """The first `count` scenes that answer a question of these kinds. Raises UserError.
-
-    With `always` that kind is the first question about each, and scenes that do not answer it are
+    With `always` that kind is the first question about each, and pictures that do not answer it are
     left out. The examples are the same for any number of processes that draw them.
     """
-    example_of = partial(example, kinds=kinds, turns=turns, always=always)
+    example_of = partial(example, asking=asking)
     with ExitStack() as stack:
         drawn: Iterator[Example | None] = map(example_of, seeds)
         if workers > 1:
@@ -122,22 +156,25 @@ def examples(
             written += 1
             yield drawn_example
     if written < count:
-        raise UserError(f"there are only {written} such scenes, not {count}")
+        raise UserError(f"there are only {written} such pictures, not {count}")
 
 
-def example(seed: int, kinds: Sequence[str], turns: int, always: str | None) -> Example | None:
-    """A scene that answers a question of these kinds, and with `always` one of that; else None."""
-    scene = compose(seed)
-    first = question_of(scene, always, np.random.default_rng([seed, 4])) if always else None
+def example(seed: int, asking: Asking) -> Example | None:
+    """A picture that answers a question of these kinds, and with `always` one of that; else
+    None."""
+    world, always = asking.world_of(seed), asking.always
+    drawn = world.compose(seed)
+    first = world.ask(drawn, always, np.random.default_rng([seed, 4])) if always else None
     if always and not first:
         return None
-    questions = questions_about(scene, kinds, turns)
+    questions = asking.questions(world, drawn)
     if first:
-        questions = tuple(dict.fromkeys((first, *questions)))[:turns]
+        questions = tuple(dict.fromkeys((first, *questions)))[: asking.turns]
     if not questions:
         return None
     picture = io.BytesIO()
-    scene.image().save(picture, "PNG", compress_level=1)  # most of the time went into smaller files
+    # Most of the time went into smaller files.
+    world.picture(drawn).save(picture, "PNG", compress_level=1)
     return Example(seed, picture.getvalue(), questions)
 
 
@@ -200,6 +237,8 @@ WRITERS = {"minimind": write_minimind, "llava": write_llava, "jsonl": write_json
 def write(args: argparse.Namespace) -> dict[str, Any]:
     """The files, whole or none; what they hold. Raises UserError where they cannot be written."""
     half = len(TRAIN_SEEDS) // 2
+    asking = Asking(args.kinds or (), args.turns, args.always, args.world)
+    check_kinds(asking)
     figures: dict[str, Any] = {"format": args.format, "folder": str(args.out)}
     with atomic_path(args.out, folder=True) as folder:
         for split, seeds, count in (
@@ -208,12 +247,25 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
         ):
             if count:
                 kinds: Counter[str] = Counter()
-                drawn = examples(seeds, count, args.kinds, args.turns, args.always, args.workers)
-                shown = tqdm(drawn, total=count, desc=split, unit="scene", leave=False)
+                drawn = examples(seeds, count, asking, args.workers)
+                shown = tqdm(drawn, total=count, desc=split, unit="picture", leave=False)
                 parts = separated(shown) if args.separate else iter(shown)
                 WRITERS[args.format](counted(parts, kinds), folder, split)
-                figures[split] = {"scenes": count, "questions": dict(sorted(kinds.items()))}
+                figures[split] = {"pictures": count, "questions": dict(sorted(kinds.items()))}
     return figures
+
+
+def check_kinds(asking: Asking) -> None:
+    """Raises UserError for a kind of question that no picture of these worlds is asked."""
+    known = {kind: name for name in asking.worlds for kind in WORLDS[name].odds}
+    for kind in (*asking.kinds, *([asking.always] if asking.always else [])):
+        if kind not in known:
+            raise UserError(
+                f"{kind} is no question about {' or '.join(asking.worlds)}; there are"
+                f" {', '.join(known)}"
+            )
+    if asking.always and len(asking.worlds) > 1:
+        raise UserError("always is for one world; write each into a folder of its own")
 
 
 def separated(drawn: Iterable[Example]) -> Iterator[Example]:
@@ -236,19 +288,20 @@ def build_parser() -> Parser:
     add("--format", choices=WRITERS, default="minimind", help="what to write (minimind)")
     add("--out", type=Path, default=Path("scenes-data"), metavar="DIR",
         help="a folder that does not exist yet (scenes-data)")  # fmt: skip
-    add("--examples", type=positive, default=1000, metavar="N", help="scenes to train on (1000)")
-    add("--valid", type=natural, default=100, metavar="N", help="held-out scenes (100)")
-    add("--turns", type=positive, default=8, metavar="N", help="most questions about a scene (8)")
-    add(
-        "--kinds", nargs="+", choices=ODDS, default=[*KINDS, "content"], metavar="KIND",
-        help=f"of {', '.join(ODDS)} (all but the last two)",
-    )  # fmt: skip
-    add("--always", choices=ODDS, metavar="KIND",
-        help="a kind that every scene is asked first")  # fmt: skip
+    add("--world", nargs="+", choices=WORLDS, default=["scenes"], metavar="WORLD",
+        help=f"{' or '.join(WORLDS)}, or both, a picture of each in turn (scenes)")  # fmt: skip
+    add("--examples", type=positive, default=1000, metavar="N", help="pictures to train on (1000)")
+    add("--valid", type=natural, default=100, metavar="N", help="held-out pictures (100)")
+    add("--turns", type=positive, default=8, metavar="N", help="most questions about a picture (8)")
+    add("--kinds", nargs="+", metavar="KIND",
+        help=f"of scenes {', '.join(ODDS)} (all but the last two); of pages"
+        f" {', '.join(PAGE_ODDS)} (all, also where only kinds of the other world are named)")  # fmt: skip
+    add("--always", metavar="KIND",
+        help="a kind that every picture is asked first")  # fmt: skip
     add("--workers", type=positive, default=1, metavar="N", help="processes that draw (1)")
     add("--separate", action="store_true",
         help="an example for each question, in place of turns")  # fmt: skip
-    add("--first", type=natural, default=0, metavar="N", help="number of the first scene (0)")
+    add("--first", type=natural, default=0, metavar="N", help="number of the first picture (0)")
     return parser
 
 

@@ -152,7 +152,9 @@ def test_the_lines_of_efficientvlm_run(tmp_path, run):
     for words in (hub / "MiniMind2-V", tmp_path / "minimind2"):
         tiny.write_words(words)
     for name in ("pretrain_i2t", "sft_i2t"):
-        drawn = [scenes_data.example(seed, ["existence"], 1, None) for seed in range(4)]
+        drawn = [
+            scenes_data.example(seed, scenes_data.Asking(["existence"], 1)) for seed in range(4)
+        ]
         scenes_data.write_minimind(iter(filter(None, drawn)), tmp_path, name)
     compose(0).image().save(tmp_path / "photo.jpg")
     question = {"image": "photo.jpg", "question": "Is there a star?", "answer": "yes"}

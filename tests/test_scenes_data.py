@@ -10,7 +10,7 @@ from PIL import Image
 from benchmarks.scenes_data import MORE_KINDS, ODDS, VALID_SEEDS, highest, main
 from mlx_vlm_prune.evaluation.questions import BadRecords, Source, format_of
 from mlx_vlm_prune.inputs.image import open_image
-from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, TRAIN_SEEDS, Scene, Thing, compose
+from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, TRAIN_SEEDS, Scene, Thing, compose, pages
 from mlx_vlm_prune.training.formats import open_dataset, split_files
 
 
@@ -89,10 +89,42 @@ def test_a_kind_may_be_asked_about_every_scene_by_any_number_of_processes(tmp_pa
         written(tmp_path / workers, capsys, *options, "--workers", workers) for workers in "12"
     ]
     assert figures[0]["train"] == figures[1]["train"]
-    assert figures[0]["train"]["questions"]["farthest"] == figures[0]["train"]["scenes"] == 6
+    assert figures[0]["train"]["questions"]["farthest"] == figures[0]["train"]["pictures"] == 6
     assert sum(figures[0]["train"]["questions"].values()) > 6
     first, second = ((tmp_path / workers / "train.jsonl").read_bytes() for workers in "12")
     assert first == second
+
+
+def test_pages_and_scenes_take_turns(tmp_path, capsys):
+    options = (
+        "--format",
+        "jsonl",
+        "--turns",
+        "3",
+        "--separate",
+        "--kinds",
+        "total",
+        "cell",
+        "word",
+    )
+    figures = written(tmp_path / "d", capsys, *options, "--world", "scenes", "pages")
+    lines = [json.loads(line) for line in (tmp_path / "d/train.jsonl").read_text().splitlines()]
+    assert len({line["image"] for line in lines}) == figures["train"]["pictures"] == 6
+    for line in lines:
+        seed = int(line["image"].removeprefix("images/").removesuffix(".png"))
+        is_page = seed % 2 == 1
+        assert line["kind"] in (("total", "cell", "word") if is_page else (*KINDS, "content"))
+        drawn = pages.draw(pages.compose(seed, pages.SMALL)) if is_page else compose(seed).image()
+        with Image.open(tmp_path / "d" / line["image"]) as picture:
+            assert (np.asarray(picture) == np.asarray(drawn)).all()
+    for more, sentence in (
+        (["--world", "pages", "--kinds", "colour"], "colour is no question about pages; there are"),
+        (["--always", "total"], "total is no question about scenes; there are existence"),
+        (["--world", "scenes", "pages", "--always", "total"], "always is for one world"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            written(tmp_path / "none", capsys, *more)
+        assert sentence in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_the_highest_shape_is_clearly_higher_than_the_next():

@@ -1,8 +1,11 @@
 """A clip in a request to the server: answered as `generate` answers, or refused in a sentence."""
 
 import base64
+import json
+import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +14,13 @@ from mlx_vlm_prune import generate, load
 from . import host_folders
 from .serving import answer, noise, question, serve, text_of  # skips without FastAPI
 from .test_video import animation, film
+
+from mlx_vlm_prune.serving import app  # isort: skip - needs FastAPI
+from mlx_vlm_prune.serving.clips import open_clip  # isort: skip
+from mlx_vlm_prune.serving.open_requests import OpenRequests  # isort: skip
+from mlx_vlm_prune.serving.refusals import Notes, RequestRefusedError  # isort: skip
+from mlx_vlm_prune.serving.request_schema import VideoUrl  # isort: skip
+from mlx_vlm_prune.serving.settings import ServerSettings  # isort: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 WORDS = {"type": "text", "text": "w7 w9"}
@@ -50,6 +60,11 @@ def about(file: Path | str, **more: float) -> dict:
     url = file if isinstance(file, str) else link(file)
     video = {"type": "video_url", "video_url": {"url": url, **more}}
     return {"role": "user", "content": [video, WORDS]}
+
+
+def linked(kind: str, url: Any) -> dict:
+    """A question about what is behind a URL."""
+    return {"role": "user", "content": [{"type": kind, kind: url}, WORDS]}
 
 
 @pytest.mark.parametrize("name", ["clip.avi", "clip.gif"])
@@ -99,6 +114,7 @@ def test_frames_are_made_as_small_as_the_server_says(folder, home):
 
 
 def test_a_time_is_no_budget_of_a_clip(served, home):
+    assert served.chat(about(home / "clip.avi"), max_tokens=1, strict=True)["warnings"] == []
     reply = served.chat(about(home / "clip.avi"), max_tokens=1, budget_ms=50, pruner="evs")
     assert reply["usage"]["visual_tokens_kept"] == reply["usage"]["visual_tokens"]
     assert reply["warnings"] == [
@@ -128,6 +144,10 @@ def test_what_is_no_clip_is_refused_in_a_sentence_and_harms_no_other(served, hom
         ([words, answer("w1"), clip], "the video must come with the first question"),
         ([clip, answer("w1"), question("w3", noise(30, 30))], "about a video or about pictures"),
         ([{**clip, "role": "system"}, words], "messages[0] of the system has a picture or a video"),
+        ([about("")], "the video: its url is empty"),
+        ([linked("image_url", link(home / "clip.avi"))], "it is a video; send it as video_url"),
+        ([linked("video_url", 7)], "messages[0].content[0].video_url: must be a JSON object"),
+        ([clip, answer("<|video_pad|>"), words], "leave <|video_pad|> out of the prompt"),
     ]
     for messages, sentence in cases:
         status, refusal = served.refusal(*messages, max_tokens=1)
@@ -140,9 +160,57 @@ def test_what_is_no_clip_is_refused_in_a_sentence_and_harms_no_other(served, hom
     assert served.chat(clip, max_tokens=1)
 
 
-def test_a_model_that_reads_no_clips_says_so(home, tmp_path):
+def test_a_model_that_reads_no_clips_says_so_before_it_is_decoded(tmp_path):
+    damaged = about("data:video/mp4;base64,AAAA")
     with serve(*load()) as server:
-        sentence = "this model reads no video; give some of its frames as images"
-        assert server.refusal(about(home / "clip.gif")) == (400, sentence)
+        sentence = "the model reads no video: give some of its frames as images"
+        assert server.refusal(damaged) == (400, sentence)
     with serve(*load(host_folders.checkpoint("llava", tmp_path))) as server:
-        assert "answers about no video" in server.refusal(about(home / "clip.gif"))[1]
+        assert "the model reads no video: " in server.refusal(damaged)[1]
+
+
+def test_a_clip_is_streamed_between_words_and_behind_a_system_message(served, home):
+    parts = [{"type": "text", "text": "w7"}, *about(home / "clip.gif")["content"]]
+    messages = [{"role": "system", "content": "w4"}, {"role": "user", "content": parts}]
+    whole = served.chat(*messages, max_tokens=3)
+    (warning,) = whole["warnings"]
+    assert "template says where pictures and videos go" in warning
+    body = {"messages": messages, "max_tokens": 3, "stream": True}
+    status, content = served.call("/v1/chat/completions", body)
+    lines = [line[6:] for line in content.decode().splitlines() if line.startswith("data: {")]
+    deltas = [json.loads(line)["choices"][0]["delta"].get("content", "") for line in lines]
+    assert status == 200 and "".join(deltas) == text_of(whole)
+
+
+def test_a_clip_that_ends_early_is_said_to(served, home):
+    content = (home / "clip.avi").read_bytes()
+    url = (
+        f"data:video/x-msvideo;base64,{base64.b64encode(content[: len(content) * 2 // 3]).decode()}"
+    )
+    (warning,) = served.chat(about(url, fps=10), max_tokens=1)["warnings"]
+    assert re.fullmatch(r"the last \d+ of 20 frames of the video cannot be read", warning)
+
+
+@pytest.mark.parametrize("name", ["clip.avi", "clip.gif"])
+def test_the_memory_of_frames_is_bounded_and_given_back(folder, home, name, monkeypatch):
+    monkeypatch.setattr(app, "MAX_OPEN_BYTES", 3 * 64 * 48 * 6)
+    with serve(*load(folder)) as server:
+        clip = about(home / name, fps=10, max_frames=8)
+        sentence = "the video: what it shows takes more than 0 MB in memory"
+        status, refusal = server.refusal(clip)
+        assert (status, refusal) == (413, sentence.removeprefix("the video: "))
+        monkeypatch.setattr(app, "MAX_OPEN_BYTES", 1_000_000)
+    with serve(*load(folder)) as server:
+        for _ in range(4):
+            assert server.chat(clip, max_tokens=1)
+
+
+def test_an_animation_that_would_take_long_ends_when_nobody_waits(home, monkeypatch):
+    requests = OpenRequests(1, 10**9)
+    with requests.open(60) as request:
+        pass
+    notes, settings = Notes(False), ServerSettings("tiny")
+    for name in ("clip.avi", "clip.gif"):
+        clip = VideoUrl(url=link(home / name))
+        with pytest.raises(RequestRefusedError, match="nobody waits for the request any more"):
+            open_clip(clip, {}, settings, request, notes)

@@ -220,7 +220,7 @@ def test_open_requests_hold_bounded_memory(loaded, monkeypatch):
             assert "hold as much memory" in content["error"]["message"]
         assert text_of(waiting.result())
         status, sentence = server.refusal(question("a ?", noise(300, 300)))
-        assert (status, sentence) == (413, "its pictures take more than 0 MB in memory")
+        assert (status, sentence) == (413, "what it shows takes more than 0 MB in memory")
 
 
 def test_two_requests_at_once_are_decoded(loaded, monkeypatch):

@@ -1,5 +1,6 @@
 """A clip is read frame by frame, at its source's times, and a bad one is refused in a sentence."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,30 @@ def test_what_is_no_clip_is_refused_in_a_sentence(tmp_path):
     }.items():
         with pytest.raises(UserError, match=sentence):
             open_video(tmp_path / name)
+
+
+def test_a_gif_whose_frames_outgrow_it_or_that_hides_blocks_is_refused(tmp_path):
+    whole = animation(tmp_path / "a.gif", 3, 100).read_bytes()
+    second = whole.index(b"\x2c", whole.index(b"\x21\xf9", whole.index(b"\x2c")))
+    larger = whole[: second + 5] + (500).to_bytes(2, "little") * 2 + whole[second + 9 :]
+    with pytest.raises(UserError, match="must have one size; 64 x 48 and 500 x 500"):
+        open_video(larger)
+    comments = whole[:second] + b"\x21\xfe\x01a\x00" * 20_000 + whole[second:]
+    with pytest.raises(UserError, match="has more than 10000 blocks before a picture"):
+        open_video(comments)
+
+
+def test_a_list_of_streams_is_no_avi_file(tmp_path):
+    (tmp_path / "list.avi").write_bytes(b"#EXTM3U\nAVI ")
+    with pytest.raises(UserError, match="is not an MP4, MOV, MKV, WebM or AVI file"):
+        open_video(tmp_path / "list.avi")
+
+
+def test_bytes_need_a_temporary_folder(tmp_path, monkeypatch):
+    content = film(tmp_path / "a.avi", 20, 10).read_bytes()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="the video needs a temporary file, which fails: No such"):
+        open_video(content)
 
 
 @pytest.mark.parametrize("name", ["mixed", "a.gif", "a.avi"])

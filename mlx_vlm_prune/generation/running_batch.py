@@ -27,6 +27,7 @@ from .request import Request
 from .result import GenerationResponse, GenerationResult
 from .steps import PromptChooser, check_first_logits
 from .stream import (
+    NO_CLIPS,
     AnswerWriter,
     answer_ends,
     check_request,
@@ -112,10 +113,12 @@ class RunningBatch(Protocol):
 
 class ServedBatch(RunningBatch, Protocol):
     """A batch that a server can bound: `context` counts the rows that the model reads,
-    `longest_token` the characters of the longest token of its vocabulary."""
+    `longest_token` the characters of the longest token of its vocabulary. `why_no_clips` says why
+    it answers about no video, if so."""
 
     context: int
     longest_token: int
+    why_no_clips: str | None
 
     def rows_left(self, prepared: Any, *, low_detail: bool = False) -> int:
         """The rows that a prompt of `prepare` takes at most when it is pruned; all where that is
@@ -165,6 +168,8 @@ class JoinedAnswer:
 
 class OwnRunningBatch:
     """Answers of a model of ours; `most_bytes` is what is held of earlier prompts."""
+
+    why_no_clips: str | None = NO_CLIPS
 
     def __init__(self, model: VLM, processor: Processor, most_bytes: int = 0) -> None:
         self.model, self.processor = model, processor

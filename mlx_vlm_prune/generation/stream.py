@@ -119,11 +119,14 @@ def prefilled_result(
     return result.prefilled(prefill.rows[0], clock.ttft(), read.rows_reused)
 
 
+NO_CLIPS = "give some of its frames as images"
+
+
 def check_request(processor: Processor, request: Request) -> None:
     """Raises UserError for options that no model of ours, or not this one, can have."""
     refuse_host_options(request)
     if request.video is not None:
-        raise UserError("this model reads no video; give some of its frames as images")
+        raise UserError(f"this model reads no video; {NO_CLIPS}")
     check_sampling(request)
     answer_ends(processor, request)
 

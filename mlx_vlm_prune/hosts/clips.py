@@ -62,7 +62,9 @@ def prepare_clip(
     clip. Raises UserError."""
     token = getattr(host.processor, "video_token", None)
     marks = [token] if isinstance(token, str) and token else []
-    check_prompt(host, request.prompt, marks)
+    answered = [text for turn in request.history for text in (turn.question, turn.answer)]
+    for text in (request.prompt, request.system or "", *answered):
+        check_prompt(host, text, marks)
     template_options = dict(request.chat_template_config or {})
     # The template reads no more of the clip than that there is one.
     video = {"video": [VIDEO], "fps": clip.fps}

@@ -75,7 +75,7 @@ class HostRunningBatch:
 
     def __init__(self, model: Any, processor: Any, most_answers: int, most_bytes: int = 0) -> None:
         self.host = host_of(model, processor)
-        self.most_answers = most_answers
+        self.most_answers, self.why_no_clips = most_answers, self.host.why_no_clips
         self.context = self.host.context
         tokenizer = getattr(processor, "tokenizer", processor)
         self.longest_token = max(map(len, tokenizer.get_vocab()))
@@ -143,8 +143,7 @@ class HostRunningBatch:
         """Pictures or a clip and all turns through mlx-vlm's template and processor. Raises
         UserError."""
         clock = request_clock()
-        if request.video is not None:
-            check_clip(self.host, plan_for_host(self.host, request.pruner))
+        self._plan(request)
         options = ProcessorOptions()
         seen = open_clip(request, options) or open_images(request)
         inputs = prepare_request(self.host, request, seen, options)

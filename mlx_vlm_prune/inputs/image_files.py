@@ -21,7 +21,7 @@ MOST_SCANS = 100  # jpegtran's own script has 10
 MOST_SEGMENTS = 10_000
 MOST_CHUNKS, MOST_PICTURE_CHUNKS = 1000, 100_000  # of a PNG, beside those with pixels, and those
 PICTURE_CHUNKS = (b"IDAT", b"fdAT", b"fcTL")
-MOST_STEPS = 10_000  # blocks of a GIF before its first picture
+MOST_STEPS = 10_000  # blocks of a GIF before a picture
 RLE_BYTES, RLE_PIXELS = 1 << 21, 1 << 22  # of a BMP that is packed by runs, read in Python
 
 
@@ -45,7 +45,7 @@ def check_file(data: bytes, name: str, most_pixels: int) -> ImageFile:
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         fault = _png_fault(data)
     elif data.startswith((b"GIF87a", b"GIF89a")):
-        fault = _gif_fault(data)
+        fault = gif_fault(data)
     elif data.startswith(b"BM"):
         fault = _bmp_fault(data)
     elif data.startswith((b"II", b"MM")):
@@ -101,20 +101,38 @@ def _png_fault(data: bytes) -> str | None:
     return None
 
 
-def _gif_fault(data: bytes) -> str | None:
-    """Counts what is read one by one up to the first picture."""
-    at, steps = 13, 0
-    if len(data) > 10 and data[10] & 0x80:
-        at += 3 << ((data[10] & 7) + 1)
-    while at < len(data) and data[at : at + 1] not in (b",", b";"):
+def gif_fault(data: bytes, *, is_animated: bool = False) -> str | None:
+    """What is wrong with a GIF, if anything: counts what is read one by one before its first
+    picture, or of an animation before each."""
+    if not data.startswith((b"GIF87a", b"GIF89a")):
+        return None
+    at, steps = 13 + _palette_bytes(data, 10), 0
+    while at < len(data) and data[at : at + 1] != b";":
+        if data[at : at + 1] == b",":
+            if not is_animated:
+                return None
+            at, steps = _behind_blocks(data, at + 11 + _palette_bytes(data, at + 9)), 0
+            continue
         if data[at : at + 1] == b"!":
             at += 2
             while at < len(data) and data[at] and steps <= MOST_STEPS:
                 at, steps = at + 1 + data[at], steps + 1
         at, steps = at + 1, steps + 1
         if steps > MOST_STEPS:
-            return f"has more than {MOST_STEPS} blocks before its first picture"
+            return f"has more than {MOST_STEPS} blocks before a picture"
     return None
+
+
+def _palette_bytes(data: bytes, at: int) -> int:
+    """Of the colours that follow where this byte of flags says so."""
+    return 3 << ((data[at] & 7) + 1) if len(data) > at and data[at] & 0x80 else 0
+
+
+def _behind_blocks(data: bytes, at: int) -> int:
+    """The place behind a picture's blocks, the last of which is empty."""
+    while at < len(data) and data[at]:
+        at += 1 + data[at]
+    return at + 1
 
 
 def _bmp_fault(data: bytes) -> str | None:

@@ -16,13 +16,14 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from ..generation.stop_strings import StopStrings
 from .answer_json import DONE, AnswerJson, error_event, usage_of
 from .body import parse_body, read_bytes
-from .chat_request import ChatRequest, check_count, read_chat_request
+from .chat_request import ChatRequest, check_links, read_chat_request
 from .engine import Engine, Piece, refusal_of
 from .listener import Listener, too_slow
 from .metrics import CONTENT_TYPE, Metrics
 from .open_requests import OpenRequest, OpenRequests
 from .pictures import Downloads, download_all
 from .refusals import RequestRefusedError
+from .request_schema import VideoUrl
 from .settings import LOOPBACK, MAX_OPEN_BYTES, ServerSettings
 
 MOST_DECODED, MOST_DOWNLOADED = 2, 8  # requests at once
@@ -59,6 +60,7 @@ class Server:
         self.created = int(time.time())
         self.open_requests = OpenRequests(settings.most_requests, MAX_OPEN_BYTES)
         self.decoding = asyncio.Semaphore(MOST_DECODED)
+        self.decoding_clips = asyncio.Semaphore(1)  # which can take long, so pictures do not wait
         self.downloading = asyncio.Semaphore(MOST_DOWNLOADED)
 
     async def chat_completions(self, request: Request) -> Response:
@@ -87,15 +89,17 @@ class Server:
         gigabyte."""
         body = await in_thread(self.decoding, parse_body, content)
         links, settings, downloads = body.links, self.settings, Downloads()
-        check_count(links, settings)
+        check_links(links, settings)
         if settings.allow_url:
             downloads = await in_thread(
                 self.downloading, lambda: download_all(links, open_request.seconds_left)
             )
             open_request.hold(len(content) + sum(map(len, downloads.values())))
+        has_clip = any(isinstance(link, VideoUrl) for link in links)
+        places = self.decoding_clips if has_clip else self.decoding
         return await in_thread(
-            self.decoding, read_chat_request, body, downloads, settings, open_request
-        )
+            places, read_chat_request, body, downloads, settings, open_request
+        )  # fmt: skip
 
     async def _whole(self, listener: Listener, chat: ChatRequest, piece: Piece) -> Response:
         """The answer in one piece."""

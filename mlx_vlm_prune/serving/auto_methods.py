@@ -40,8 +40,6 @@ class AutoMethods:
         if budget.pruner != AUTO:
             return budget, None
         if chat.request.video is not None:
-            if budget.budget_ms is not None:  # which chooses for pictures alone
-                return budget, None
             choice = choose_for_clip(budget.keep_ratio, budget.keep_tokens)
             return VisualBudget(**choice.options), choice.line
         if not chat.request.images:

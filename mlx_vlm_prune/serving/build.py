@@ -40,6 +40,8 @@ def build_server(model: Any, processor: Any, settings: ServerSettings) -> FastAP
     except UserError:
         batch.close()
         raise
-    settings = replace(settings, places_pictures=isinstance(model, VLM))
+    settings = replace(
+        settings, places_pictures=isinstance(model, VLM), why_no_clips=batch.why_no_clips
+    )
     engine = Engine(batch, settings.batch, metrics, times, memory, auto)
     return build_app(engine, settings, metrics)

@@ -20,6 +20,7 @@ from .turns import read_turns
 from .visual_budget import VisualBudget, visual_budget
 
 DEFAULT_MAX_TOKENS = 512
+CLIP_WITHOUT_TIME = "budget_ms is for pictures: all visual tokens of the video were kept"
 MOST_FIELDS_NAMED = 20  # of those that are not followed
 
 
@@ -54,6 +55,10 @@ def read_chat_request(
     budget, warnings = visual_budget(body, [link.detail for _, link in turns.pictures], settings)
     for sentence in warnings:
         notes.warn(sentence, "detail")
+    if turns.clip and budget.budget_ms is not None:
+        if body.budget_ms is not None:
+            notes.warn(CLIP_WITHOUT_TIME, "budget_ms")
+        budget = VisualBudget()
     links = [link for _, link in turns.pictures]
     seen: list[Image.Image] | Clip
     if turns.clip:
@@ -83,13 +88,22 @@ def note_fields(body: ChatBody, settings: ServerSettings, notes: Notes) -> None:
         notes.warn(f"{len(names) - MOST_FIELDS_NAMED} more fields are not possible here")
 
 
-def check_count(links: Sequence[ImageUrl | VideoUrl], settings: ServerSettings) -> None:
-    """Raises RequestRefusedError for more pictures than the server allows."""
-    if len(links) > settings.max_images:
+def check_links(links: Sequence[ImageUrl | VideoUrl], settings: ServerSettings) -> None:
+    """Raises RequestRefusedError for more pictures than the server allows, and for videos that the
+    model does not read, before any is downloaded or opened."""
+    clips = sum(isinstance(link, VideoUrl) for link in links)
+    pictures = len(links) - clips
+    if pictures > settings.max_images:
         raise RequestRefusedError(
-            f"there are {len(links)} pictures; a request may have {settings.max_images}",
+            f"there are {pictures} pictures; a request may have {settings.max_images}",
             field="messages",
         )
+    if clips and settings.why_no_clips:
+        raise RequestRefusedError(
+            f"the model reads no video: {settings.why_no_clips}", 400, "messages"
+        )
+    if clips > 1:
+        raise RequestRefusedError(f"a chat has one video; there are {clips}", field="messages")
 
 
 def open_pictures(

@@ -17,6 +17,8 @@ from .refusals import Notes, RequestRefusedError, in_api_words
 from .request_schema import VideoUrl
 from .settings import ServerSettings
 
+FEW_MISSING = 1  # many files count a frame that is not there
+
 
 def open_clip(
     link: VideoUrl, downloads: Downloads, settings: ServerSettings, open_request: OpenRequest,
@@ -26,31 +28,33 @@ def open_clip(
 
     Raises RequestRefusedError.
     """
-    body_bytes, sizes = open_request.nbytes, list[tuple[int, int]]()
+    body_bytes, stored = open_request.nbytes, list[tuple[int, int]]()
 
     def fit(frame: Image.Image) -> Image.Image:
         check_shape(frame)
         size = fitting_size(frame.size, settings.max_pixels)
-        sizes.append(frame.size)
-        frame = frame if size == frame.size else frame.resize(size, Image.Resampling.BICUBIC)
-        open_request.hold(body_bytes + len(sizes) * 3 * size[0] * size[1])  # as RGB
-        return frame
+        stored.append(frame.size)
+        open_request.hold(open_request.nbytes + 3 * size[0] * size[1])  # as RGB
+        return frame if size == frame.size else frame.resize(size, Image.Resampling.BICUBIC)
 
     fps = DEFAULT_FPS if link.fps is None else link.fps
     max_frames = DEFAULT_MAX_FRAMES if link.max_frames is None else link.max_frames
     try:
         check_frame_options(fps, max_frames)
-        source = source_of(link.url, downloads)
-        clip = open_video(source, fps, max_frames, max(MAX_PIXELS, settings.max_pixels), fit)
+        source, most = source_of(link.url, downloads), max(MAX_PIXELS, settings.max_pixels)
+        clip = open_video(source, fps, max_frames, most, fit, open_request.check)
     except UserError as problem:
         sentence = in_api_words(f"the video: {problem}")
         raise RequestRefusedError(sentence, field="video_url") from None
     open_request.hold(open_request.nbytes - body_bytes)
-    width, height = sizes[0]
+    width, height = stored[0]
     if clip.frames[0].size != (width, height):
         notes.warn(
             f"the video has {width} x {height} pixels and the server allows {settings.max_pixels};"
             " it is read as {} x {}".format(*clip.frames[0].size),
             "video_url",
         )
+    if clip.missing > FEW_MISSING:
+        count = len(clip.frames) + clip.missing
+        notes.warn(f"the last {clip.missing} of {count} frames of the video cannot be read")
     return clip

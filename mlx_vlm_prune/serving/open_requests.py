@@ -33,19 +33,23 @@ class OpenRequest:
         """Until its answer must be complete; at least 0."""
         return max(0.0, self.seconds - self.age)
 
+    def check(self) -> None:
+        """Raises RequestRefusedError in a thread that still reads a request that is over."""
+        if self.is_over:
+            raise RequestRefusedError(OVER, CLIENT_GONE)
+
     def hold(self, nbytes: int) -> None:
-        """It holds so many bytes now, in place of those before. Raises RequestRefusedError, also in
-        a thread that still reads a request that is over."""
+        """It holds so many bytes now, in place of those before. Raises RequestRefusedError, also as
+        `check` does."""
         with self.all.lock:
-            if self.is_over:
-                raise RequestRefusedError(OVER, CLIENT_GONE)
+            self.check()
             before, self.nbytes = self.nbytes, nbytes
             self.all.nbytes += nbytes - before
             is_too_much = nbytes > before and self.all.nbytes > self.all.most_bytes
             is_alone = self.all.nbytes == nbytes
         if is_too_much and is_alone:
             most = self.all.most_bytes // 1_000_000
-            raise RequestRefusedError(f"its pictures take more than {most} MB in memory", 413)
+            raise RequestRefusedError(f"what it shows takes more than {most} MB in memory", 413)
         if is_too_much:
             raise RequestRefusedError(TOO_MUCH, 429)
 

@@ -14,6 +14,7 @@ from .refusals import Notes, RequestRefusedError, in_api_words
 from .request_schema import ImageUrl, VideoUrl
 from .settings import MAX_BODY_BYTES, MAX_SIDE_RATIO, ServerSettings
 
+VIDEO_URI = "data:video/"
 Downloads = dict[str, NamedBytes]
 
 
@@ -46,6 +47,8 @@ def open_picture(
     No path is ever opened.
     """
     try:
+        if link.url[: len(VIDEO_URI)].lower() == VIDEO_URI:
+            raise UserError("it is a video; send it as video_url")
         source = source_of(link.url, downloads)
         picture = open_image(source, max(MAX_PIXELS, settings.max_pixels))
         check_shape(picture)
@@ -56,6 +59,8 @@ def open_picture(
 
 def source_of(url: str, downloads: Downloads) -> str | bytes:
     """What is behind a URL: a `data:` URI, or the bytes that were downloaded. Raises UserError."""
+    if not url:
+        raise UserError("its url is empty")
     if url[: len(DATA_URI)].lower() == DATA_URI:
         return DATA_URI + url[len(DATA_URI) :]
     if url in downloads:

@@ -59,7 +59,7 @@ class ImagePart(Part):
     """A picture in a message."""
 
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: Annotated[ImageUrl, BeforeValidator(as_link)]
 
 
 class TextPart(Part):
@@ -194,5 +194,5 @@ def _place(path: tuple[int | str, ...]) -> str:
 
 def _sentence(error: Any) -> str:
     """pydantic's message as the end of a sentence."""
-    text = str(error["msg"])
+    text = "must be a JSON object" if error["type"] == "model_type" else str(error["msg"])
     return text[:1].lower() + text[1:]

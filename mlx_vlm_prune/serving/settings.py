@@ -21,8 +21,9 @@ class ServerSettings:
 
     `method` chooses tokens where a request names none; `is_pruning` says whether it does so for
     requests that say nothing of a budget. With `caution` what `auto` keeps depends on the question,
-    too. `places_pictures` says whether the model reads pictures
-    between the words of a question; mlx-vlm's chat templates have places of their own.
+    too. `places_pictures` says whether the model reads pictures between the words of a question;
+    mlx-vlm's chat templates have places of their own. `why_no_clips` says why it reads no video,
+    if so.
     """
 
     model_name: str
@@ -42,6 +43,7 @@ class ServerSettings:
     api_key: str | None = None
     cache_bytes: int = 1_000_000_000
     places_pictures: bool = True
+    why_no_clips: str | None = None
 
     def __post_init__(self) -> None:
         check_budget(self.keep_ratio, self.keep_tokens)

@@ -37,7 +37,6 @@ BEYOND = (
     "the prompt has {} tokens of text and {} pictures, more or larger ones than the server was"
     " calibrated for: its visual tokens were chosen by extrapolation"
 )
-CLIP = "budget_ms is for pictures: all visual tokens of the video were kept"
 SAMPLE_WORDS, SAMPLE_PICTURES, SAMPLE_SIDE = 512, 2, 512
 HOST_SIDE = 1024  # of a picture whose size decides on its tokens
 
@@ -95,8 +94,6 @@ class TimeBudgets:
         to choose.
         """
         budget, request, model = chat.budget, prepared.request, self.model
-        if request.video is not None:
-            chat.notes.warn(CLIP, "budget_ms")
         if not request.images:
             return VisualBudget()
         if not isinstance(model, VLM):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeVar
 
 from ..inputs.prompt import IMAGE_MARK
 from .refusals import Notes, RequestRefusedError
@@ -10,6 +11,7 @@ from .request_schema import ImageUrl, Message, TextPart, VideoUrl, link_of
 
 SYSTEM = ("system", "developer")
 Parts = list[str | ImageUrl | VideoUrl]  # of a turn, in their order
+Link = TypeVar("Link", ImageUrl, VideoUrl)
 
 
 @dataclass(frozen=True)
@@ -45,35 +47,27 @@ def read_turns(messages: Sequence[Message], places_pictures: bool, notes: Notes)
     all_parts = [system, *(parts for _, parts in turns)]
     clip = clip_of(all_parts)
     texts = [text_of(parts, places_pictures, notes) for parts in all_parts]
-    pictures = [
-        (n, part)
-        for n, parts in enumerate(all_parts)
-        for part in parts
-        if isinstance(part, ImageUrl)
+    return ReadTurns(texts, links_of(all_parts, ImageUrl), clip)
+
+
+def links_of(all_parts: Sequence[Parts], kind: type[Link]) -> list[tuple[int, Link]]:
+    """All pictures, or all clips, each with the number of its text."""
+    return [
+        (n, part) for n, parts in enumerate(all_parts) for part in parts if isinstance(part, kind)
     ]
-    return ReadTurns(texts, pictures, clip)
 
 
 def clip_of(all_parts: Sequence[Parts]) -> VideoUrl | None:
     """The clip of a conversation, whose first text is the system's; its place among the words is
     the chat template's. Raises RequestRefusedError for one that cannot be read."""
-    clips = [
-        (n, part)
-        for n, parts in enumerate(all_parts)
-        for part in parts
-        if isinstance(part, VideoUrl)
-    ]
+    clips = links_of(all_parts, VideoUrl)
     if not clips:
         return None
-    if len(clips) > 1:
-        raise RequestRefusedError(
-            f"a chat has one video; there are {len(clips)}", field="messages"
-        )  # fmt: skip
-    if any(isinstance(part, ImageUrl) for parts in all_parts for part in parts):
+    if links_of(all_parts, ImageUrl):
         raise RequestRefusedError(
             "a chat is about a video or about pictures; leave out one of them", field="messages"
         )
-    ((number, clip),) = clips
+    number, clip = clips[0]
     if number != 1:
         raise RequestRefusedError(
             "the video must come with the first question; all later ones are about it, too",
