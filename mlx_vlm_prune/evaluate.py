@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ from .evaluation.first_look import METHODS, left_out, methods_of
 from .evaluation.merging import merge, merged_table
 from .evaluation.question_options import add_questions, question_set_of
 from .evaluation.question_set import fingerprint
-from .evaluation.questions import SENTENCE_TOKENS, Format, Question
-from .evaluation.result import MOST_RESPONSES, about_run, first_token_rows, result_of
+from .evaluation.questions import SENTENCE_TOKENS, Format, Question, have_clips
+from .evaluation.result import MOST_RESPONSES, about_run, first_token_rows, is_evidence, result_of
 from .evaluation.result_file import check_has_methods, check_not_anothers, default_result_path
 from .evaluation.resume import AnsweredBatch, ResumeFile
 from .evaluation.scoring_options import add_scoring, check_scoring, written_answers
@@ -175,7 +176,7 @@ def evaluate(args: argparse.Namespace, processes: ProcessGroup) -> None:
         if processes.is_first:
             check_not_anothers(args.out, about, len(questions))
     model, processor = load_widened(args, folder)
-    evaluated, methods, refused = evaluated_model(args, model, processor)
+    evaluated, methods, refused = evaluated_model(args, model, processor, have_clips(questions))
     with processes.together():
         if processes.is_first and not args.is_own_name:
             check_has_methods(args.out, methods)
@@ -197,8 +198,7 @@ def evaluate(args: argparse.Namespace, processes: ProcessGroup) -> None:
         result["part"] = part
     result = with_earlier_rows(result | written_answers(args, evaluation), args.compare_with)
     write_atomically(args.out, json.dumps(result, indent=4, ensure_ascii=False) + "\n")
-    has_shares = evaluation.is_scored and question_set.format.unit == "%"  # `advise` reads those
-    if has_shares and not (args.adapter_path or args.positions):
+    if is_evidence(args, evaluation):
         remember(folder, result)
     resume_file.remove()
     print(table(result))
@@ -236,9 +236,10 @@ def put_questions(
 
 
 def evaluated_model(
-    args: argparse.Namespace, model: Any, processor: Any
+    args: argparse.Namespace, model: Any, processor: Any, with_clips: bool = False
 ) -> tuple[EvaluatedModel, list[BudgetedMethod], list[dict]]:
-    """The model under evaluation, the methods with their budgets, and those refused."""
+    """The model under evaluation, the methods with their budgets, and those refused; `with_clips`
+    where it is asked about clips."""
     limit = pixel_limit(args.max_pixels, None)
     check_num_draft_tokens(args.num_draft_tokens, 0, isinstance(model, VLM))
     if isinstance(model, VLM):
@@ -259,13 +260,16 @@ def evaluated_model(
         return EvaluatedVLM(model, processor, pipelines, limit), methods, refused
     # A model of mlx-vlm's, whose images differ in N.
     from .evaluation import host_answers
+    from .hosts.clips import why_not_clip
     from .hosts.families import host_of
 
     host = host_of(model, processor)
-    specs = methods_of(args, host_answers.default_methods(host), host.learned)
+    supported = host_answers.default_methods(host, with_clips=with_clips)
+    specs = methods_of(args, supported, host.learned, with_clips=with_clips)
+    why_not = {"why_not": partial(why_not_clip, host)} if with_clips else {}
     methods, refused = budgeted_methods(
         None, specs, budgets_of(args, None), host.learned, policies_of(args),
-        chooser(model, processor),
+        chooser(model, processor, with_clips=with_clips), **why_not,
     )  # fmt: skip
     pipelines = [method.pipeline for method in methods]
     return host_answers.EvaluatedHost(host, pipelines, limit), methods, refused

@@ -47,7 +47,8 @@ def test_a_line_may_hold_a_clip_in_place_of_an_image(home, tmp_path):
     assert moving.image == ClipFile(home / "a.gif", 2.0, 4)
     base = {"question": "w1", "answer": "w2"}
     for line, sentence in (
-        ({"video": "none.avi"}, "there is no video file"),
+        ({"video": "none.avi"}, "there is no video file or folder"),
+        ({"video": None}, "there is no image and no video"),
         ({"video": "http://example.org/a.mp4"}, "is a URL; download the video and give its path"),
         ({"video": "a.avi", "image": "b.png"}, "it has an image and a video"),
         ({"video": "a.avi", "fps": 0}, "fps is 0; it must be above 0"),
@@ -58,14 +59,27 @@ def test_a_line_may_hold_a_clip_in_place_of_an_image(home, tmp_path):
             read(write(home / "wrong.jsonl", [{**base, **line}]))
 
 
+def test_a_field_that_is_null_is_none(home):
+    line = {**LINES[0], "image": None, "fps": None, "max_frames": None}
+    assert read(write(home / "null.jsonl", [line])) == read(home / "clips.jsonl")[:1]
+
+
 def test_other_frames_make_other_questions(home):
     questions = read(home / "clips.jsonl")
+    before = fingerprint(questions)
+    (frame,) = (home / "frames").glob("*3.*")
+    content = frame.read_bytes()
+    frame.write_bytes(content + b"\0")
+    assert fingerprint(questions) != before
+    frame.write_bytes(content)
     other = read(write(home / "other.jsonl", [{**LINES[0], "fps": 1}, *LINES[1:]]))
     assert fingerprint(questions) != fingerprint(other)
 
 
-def test_answers_about_clips_are_those_of_generate(home, capsys):
-    file, specs = home / "result.json", ("vidcom2", "divprune", "uniform")
+def test_answers_about_clips_are_those_of_generate(home, monkeypatch, capsys):
+    kept, file = [], home / "result.json"
+    monkeypatch.setattr("mlx_vlm_prune.evaluate.remember", lambda *_: kept.append(1))
+    specs = ("auto", "vidcom2", "divprune", "uniform")
     evaluate.main([
         "--model", str(home / "qwen2_5_vl"), "--questions", str(home / "clips.jsonl"), "--pruner",
         *specs, "--keep-ratio", "0.5", "--max-tokens", "5", "--first-token", "1", "--out",
@@ -74,7 +88,8 @@ def test_answers_about_clips_are_those_of_generate(home, capsys):
     result, model = json.loads(file.read_text()), load(home / "qwen2_5_vl")
     assert "uniform cannot prune a clip" in capsys.readouterr().out
     rows = [row["pruner"] for row in result["rows"]]
-    assert rows == ["none", "random", "vidcom2", "divprune"]
+    assert rows == ["none", "random", "auto", "vidcom2", "divprune"]
+    assert result["rows"][2]["chosen"] == "vidcom2" and not kept, "no evidence for pictures"
     assert [text["image"] for text in result["texts"]] == ["a.avi", "frames", "a.gif"]
     for text, line in zip(result["texts"], LINES, strict=True):
         options = {name: line[name] for name in ("fps", "max_frames") if name in line}
@@ -97,3 +112,18 @@ def test_a_model_that_reads_no_clips_says_so(home, tmp_path, capsys):
             ])  # fmt: skip
         assert stop.value.code == 2
         assert "it is about a video, and this model reads none" in capsys.readouterr().err
+
+
+def test_without_a_choice_those_are_asked_that_prune_clips(home, capsys):
+    host_folders.picture(home, "a.png", 60, 40)
+    mixed = [{"image": "a.png", "question": "w8", "answer": "w1"}, *LINES[:1]]
+    file = home / "mixed.json"
+    evaluate.main([
+        "--model", str(home / "qwen2_5_vl"), "--questions", str(write(home / "mixed.jsonl", mixed)),
+        "--keep-ratio", "0.5", "--max-tokens", "2", "--out", str(file),
+    ])  # fmt: skip
+    result = json.loads(file.read_text())
+    names = {row["pruner"] for row in result["rows"]}
+    assert {"vidcom2", "evs", "flashvid", "divprune", "divprune+restore"} <= names
+    assert not {"uniform", "tome"} & names and result["refused"] == []
+    assert [text["image"] for text in result["texts"]] == ["a.png", "a.avi"]

@@ -8,6 +8,7 @@ from ..hosts.auto import choose_method
 from ..inputs.budget import tokens_for
 from ..models.vlm import VLM
 from ..pruners import AUTO, METHODS, Pipeline, Stage, plan
+from ..pruners.auto import choose_for_clip
 from ..pruners.contract import Policy
 
 CHAINS = (
@@ -51,18 +52,20 @@ def budgeted_methods(
     learned: Mapping[str, Any],
     policies: Sequence[Policy | None] = (None,),
     choose: Callable[[float], str] | None = None,
+    why_not: Callable[[Pipeline], str | None] = lambda pipeline: None,
 ) -> tuple[list[BudgetedMethod], list[dict]]:
     """Full, then at every budget `random` and the others; and those refused, with the reason.
 
     `N` is the number of every image's tokens, or None where images differ. With several policies
     of positions a method is there once with each. `choose` names the method of `auto` for a
-    budget. Raises UserError for an unknown method.
+    budget. `why_not` says why a method cannot be asked, if so. Raises UserError for an unknown
+    method.
     """
     methods, refused = [BudgetedMethod("none", N or 1.0, plan("none"))], []
     for K in budgets:
         for spec in dict.fromkeys(["random", *specs]):
             pipeline = plan(choose(K) if choose and spec == AUTO else spec, learned)
-            if why := why_not_trained(pipeline, K, N):
+            if why := why_not_trained(pipeline, K, N) or why_not(pipeline):
                 refused.append({"pruner": spec, "tokens": K, "why": why})
             elif spec != "none":
                 methods += [
@@ -71,12 +74,14 @@ def budgeted_methods(
     return methods, refused
 
 
-def chooser(model: Any, processor: Any) -> Callable[[float], str]:
-    """What `auto` chooses for a budget, tokens (an int) or a share (a float). It keeps just that,
-    whatever the question, so that rows compare."""
+def chooser(model: Any, processor: Any, *, with_clips: bool = False) -> Callable[[float], str]:
+    """What `auto` chooses for a budget, tokens (an int) or a share (a float), of pictures or of
+    clips. It keeps just that, whatever the question, so that rows compare."""
 
     def choose(K: float) -> str:
         ratio, tokens = (None, K) if isinstance(K, int) else (K, None)
+        if with_clips:
+            return choose_for_clip(ratio, tokens).pruner
         return choose_method(model, processor, ratio, tokens, is_timed=False).pruner
 
     return choose

@@ -19,12 +19,17 @@ METHODS = (
     "fastv",
 )  # fmt: skip
 
+FOR_CLIPS = ("vidcom2", "evs", "flashvid")
 
-def methods_of(args: argparse.Namespace, supported: Sequence[str], learned: Any) -> list[str]:
-    """The methods to ask: those of the command line, all supported, or a few with the learned."""
+
+def methods_of(
+    args: argparse.Namespace, supported: Sequence[str], learned: Any, *, with_clips: bool = False
+) -> list[str]:
+    """The methods to ask: those of the command line, all supported, or a few with the learned and,
+    of clips, those for clips."""
     if args.pruner:
         return list(args.pruner)
-    few = (*METHODS, *learned)
+    few = (*METHODS, *(FOR_CLIPS if with_clips else ()), *learned)
     return [spec for spec in supported if args.all or spec in few]
 
 

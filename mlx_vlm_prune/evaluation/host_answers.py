@@ -12,7 +12,7 @@ import numpy as np
 
 from ..checkpoints.errors import UserError
 from ..generation.request import Request
-from ..hosts.clips import check_clip, prepare_clip
+from ..hosts.clips import prepare_clip, why_not_clip
 from ..hosts.compatibility import check_pipeline
 from ..hosts.families.pruner_defaults import with_family_defaults
 from ..hosts.host import Host, generation_stream
@@ -42,7 +42,6 @@ class PreparedHostQuestion:
 
     inputs: PreparedInputs
     right_ids: list[int]
-    has_clip: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class EvaluatedHost:
         right_ids = [*self.encode(question.answers[0] if question.answers else ""), *ends]
         if not right_ids:
             raise UserError("its answer is empty, and the tokenizer has no token that ends one")
-        return PreparedHostQuestion(inputs, right_ids, isinstance(question.image, ClipFile))
+        return PreparedHostQuestion(inputs, right_ids)
 
     def _inputs(self, question: Question) -> PreparedInputs:
         """A question as ids and pixels. Raises UserError."""
@@ -117,8 +116,6 @@ class EvaluatedHost:
         """
         pipeline = with_family_defaults(pipeline, self.host.kind, self.host.processor)
         policy = check_pipeline(self.host, pipeline, pipeline.policy)
-        if any(question.has_clip for question in batch.questions):
-            check_clip(self.host, pipeline)
         answers, by_view = [], partial(_budgets, K=K, pipeline=pipeline)
         for question, views in zip(batch.questions, batch.views, strict=True):
             with self.host.preserve_state(), generation_stream():
@@ -152,15 +149,17 @@ class EvaluatedHost:
         return True
 
 
-def default_methods(host: Host) -> list[str]:
-    """All methods that can prune this model, and selectors with `restore` where it can be."""
+def default_methods(host: Host, *, with_clips: bool = False) -> list[str]:
+    """All methods that can prune this model, and with it clips, and selectors with `restore` where
+    it can be."""
 
     def is_supported(spec: str) -> bool:
+        pipeline = plan(spec, host.learned)
         try:
-            check_pipeline(host, plan(spec, host.learned), None)
+            check_pipeline(host, pipeline, None)
         except UserError:
             return False
-        return True
+        return not (with_clips and why_not_clip(host, pipeline))
 
     names = [
         name

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..checkpoints.errors import UserError
+from ..inputs.video import pictures_of
 from .judge import check_kinds
 from .questions import BadRecords, ClipFile, Format, Question
 
@@ -72,7 +73,9 @@ def fingerprint(questions: Iterable[Question]) -> str:
 
 def _identity(image: object) -> object:
     if isinstance(image, ClipFile):
-        return _identity(image.path), image.fps, image.max_frames
+        is_folder = image.path.is_dir()
+        files = pictures_of(image.path) if is_folder else [image.path]
+        return [*map(_identity, files)], image.fps, image.max_frames
     if isinstance(image, Path) and image.exists():
         stat = image.stat()
         return image.name, stat.st_size, stat.st_mtime_ns

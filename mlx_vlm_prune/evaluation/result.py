@@ -20,7 +20,7 @@ from .evaluation_run import EvaluationRun
 from .first_token import measure_first_tokens
 from .judge import AnswerTable, Judge
 from .question_set import QuestionSet
-from .questions import BadRecords, ClipFile, Picture, Question
+from .questions import BadRecords, ClipFile, Picture, Question, have_clips
 from .result_file import BUILT_IN, question_set_key
 
 GIVEN = ("num_draft_tokens", "max_pixels")  # options that are told where they are given
@@ -53,6 +53,14 @@ def about_run(
         "model_key": model_key(folder),
         **({"adapter_path": args.adapter_path} if args.adapter_path else {}),
     }
+
+
+def is_evidence(args: argparse.Namespace, evaluation: EvaluationRun) -> bool:
+    """Whether `advise` and `auto` may go by the result: it has shares of right answers about
+    pictures, by the model alone."""
+    has_shares = evaluation.is_scored and evaluation.question_set.format.unit == "%"
+    is_changed = args.adapter_path or args.positions
+    return has_shares and not is_changed and not have_clips(evaluation.questions)
 
 
 def result_of(

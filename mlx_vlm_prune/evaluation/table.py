@@ -123,7 +123,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         lines[1] = f"Fewer than {bootstrap.FEWEST} questions: no interval, and nothing to conclude."
     lines += _timed_notes(result)
     if any("keep_ratio" in row for row in result["rows"]):
-        lines.append("Tokens: of an image, the mean over all.")
+        lines.append("Tokens: of an image or a clip, the mean over all.")
     for K in sorted({row["keep_tokens"] for row in result["rows"] if "keep_tokens" in row}):
         lines.append(f"Of {K} tokens: an image that has fewer keeps all; the mean is shown.")
     for row in (row for row in result["rows"] if "kept" in row):

@@ -42,9 +42,16 @@ def check_clip(host: Host, pipeline: Pipeline) -> None:
     """Raises UserError for a model that reads no clips, and for methods that cannot prune one."""
     if host.why_no_clips:
         raise UserError(f"a {host.kind} model answers about no video: {host.why_no_clips}")
+    if why := why_not_clip(host, pipeline):
+        raise UserError(why)
+
+
+def why_not_clip(host: Host, pipeline: Pipeline) -> str | None:
+    """Why one of these methods cannot prune a clip, if so."""
     for step in [*pipeline.steps, *pipeline.enhancers]:
         if reason := _why_not(host, step):
-            raise UserError(f"{step.name} cannot prune a clip: {reason}")
+            return f"{step.name} cannot prune a clip: {reason}"
+    return None
 
 
 def _why_not(host: Host, step: Pruner) -> str | None:

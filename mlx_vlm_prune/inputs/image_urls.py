@@ -1,4 +1,4 @@
-"""An image from a URL: from public addresses alone, within limits of size and time.
+"""An image or a video from a URL: from public addresses alone, within limits of size and time.
 
 A host's name is resolved once for each hop, all its addresses are checked, and the connection goes
 to one of these: a name that changes its address in between reaches nothing else. Proxies, cookies
@@ -167,7 +167,7 @@ class _Download(Thread):
             if not self.is_allowed(ip_address(address)):
                 raise UserError(
                     f"{self.name} leads to {address}, which is not a public address; download the"
-                    " image and give its path"
+                    " file and give its path"
                 )
         problem: OSError = OSError("its name has no address")
         seconds = min(CONNECT_SECONDS, self.seconds / max(len(addresses), 1))

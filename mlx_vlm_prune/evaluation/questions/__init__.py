@@ -118,6 +118,11 @@ class Question:
     more_images: tuple[Path | bytes, ...] = ()
 
 
+def have_clips(questions: Iterable[Question]) -> bool:
+    """Is one of them about a clip?"""
+    return any(isinstance(question.image, ClipFile) for question in questions)
+
+
 @dataclass
 class BadRecords:
     """Records that cannot be used. The first is an error; with `skip` all are listed instead."""

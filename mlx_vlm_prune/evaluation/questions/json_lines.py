@@ -58,9 +58,18 @@ def _question(number: int, line: bytes, images: Path) -> Question:
         id=optional_field(record, "id", f"{number}"),
         text=text_field(record, "question"),
         answers=tuple(answers),
-        image=_clip(record, images) if "video" in record else _image(record, images),
+        image=_seen(record, images),
         kind=optional_field(record, "kind", "all"),
     )
+
+
+def _seen(record: dict[str, Any], images: Path) -> Path | ClipFile:
+    """What the question is about."""
+    names = [name for name in ("image", "video") if record.get(name) is not None]
+    if len(names) != 1:
+        raise RecordError("there is no image and no video" if not names else "it has an image and a"
+                          " video; a question is about one of them")  # fmt: skip
+    return _clip(record, images) if names == ["video"] else _image(record, images)
 
 
 def _image(record: dict[str, Any], images: Path) -> Path:
@@ -68,12 +77,9 @@ def _image(record: dict[str, Any], images: Path) -> Path:
 
 
 def _clip(record: dict[str, Any], images: Path) -> ClipFile:
-    if "image" in record:
-        raise RecordError("it has an image and a video; a question is about one of them")
-    name = text_field(record, "video")
-    path = media_file(images, name, "video", may_be_folder=True)
-    numbers = {name: record[name] for name in ("fps", "max_frames") if name in record}
-    clip = ClipFile(path, **numbers)
+    path = media_file(images, text_field(record, "video"), "video", may_be_folder=True)
+    named = ((name, record.get(name)) for name in ("fps", "max_frames"))
+    clip = ClipFile(path, **{name: value for name, value in named if value is not None})
     try:
         check_frame_options(clip.fps, clip.max_frames)
     except UserError as fault:

@@ -197,7 +197,8 @@ def media_file(folder: Path, name: str, kind: str, *, may_be_folder: bool = Fals
             f"{name[:80]!r} is not the name of a{'n' * (kind == 'image')} {kind} file"
         )
     if not is_there:
-        raise RecordError(f"there is no {kind} file {folder / name}")
+        more = " or folder" if may_be_folder else ""
+        raise RecordError(f"there is no {kind} file{more} {folder / name}")
     return folder / name
 
 
