@@ -295,7 +295,7 @@ def build_parser() -> Parser:
     add("--turns", type=positive, default=8, metavar="N", help="most questions about a picture (8)")
     add("--kinds", nargs="+", metavar="KIND",
         help=f"of scenes {', '.join(ODDS)} (all but the last two); of pages"
-        f" {', '.join(PAGE_ODDS)} (all, also where only kinds of the other world are named)")  # fmt: skip
+        f" {', '.join(PAGE_ODDS)} (all, also where only the other world's are named)")  # fmt: skip
     add("--always", metavar="KIND",
         help="a kind that every picture is asked first")  # fmt: skip
     add("--workers", type=positive, default=1, metavar="N", help="processes that draw (1)")

@@ -121,6 +121,32 @@ def test_every_question_has_the_answer_that_the_page_shows(held_out):
     assert kinds == dict.fromkeys(pages.KINDS, 30)
 
 
+def answers_beside(page: Page) -> dict[str, str]:
+    """The answers to the questions of training about what is beside a word."""
+    asked = (pages.beside(page, np.random.default_rng(n)) for n in range(120))
+    return {question.text: question.answer for question in asked if question}
+
+
+def test_what_is_beside_a_word_is_what_the_facts_of_the_page_say(held_out):
+    checked = Counter()
+    for page, _ in held_out[:150]:
+        answers, facts = answers_beside(page), page.facts
+        beside = {**facts.fields, **({"total": str(facts.total)} if facts.total else {})}
+        for label, value in beside.items():
+            if (text := f"What is right of {label}?") in answers:
+                assert answers[text] == value, (page.seed, label)
+                checked[page.layout] += 1
+        printed = {text.text.lower() for text in page.texts} | {"nothing"}
+        assert set(answers.values()) <= printed, page.seed
+        if page.layout == "receipt":
+            *names, last = [t.text.lower() for t in page.texts if t.anchor == "lm"]
+            for above, below in zip(names, [*names[1:], last], strict=True):
+                if (text := f"What is below {above}?") in answers:
+                    assert answers[text] == below, (page.seed, above)
+                    checked["names"] += 1
+    assert min(checked.values()) > 9 and len(checked) == 3, checked
+
+
 def test_no_answer_is_right_for_most_questions_of_a_kind(held_out):
     answers = {kind: Counter() for kind in pages.KINDS}
     for _, questions in held_out:

@@ -50,7 +50,18 @@ SCENE_MIX = {
     "reading": 2,
     "content": 2,
 }
-PAGE_MIX = {"total": 1, "cell": 4, "field": 3, "highest": 2, "lines": 1, "word": 3, "place": 3}
+# Of a page as many different questions are asked as there is room for. Each has a dozen about its
+# words and few about its facts, which therefore come first.
+PAGE_MIX = {
+    "total": 4,
+    "cell": 12,
+    "field": 8,
+    "highest": 4,
+    "lines": 2,
+    "word": 1,
+    "place": 4,
+    "beside": 6,
+}
 
 
 def patch_centres(size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -154,7 +165,7 @@ class PageWorld:
         return pages.draw(drawn)
 
     def ask(self, drawn: pages.Page, kind: str, rng: np.random.Generator) -> scenes.Question | None:
-        return pages.ask(drawn, kind, rng)
+        return pages.beside(drawn, rng) if kind == "beside" else pages.ask(drawn, kind, rng)
 
     def held_out(self, per_kind: int) -> Iterator[tuple[pages.Page, list[scenes.Question]]]:
         return pages.page_questions(scenes.HELD_OUT_SEEDS, per_kind, self.page_size)

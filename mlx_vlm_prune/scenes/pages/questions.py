@@ -13,7 +13,7 @@ from ..draw import CELLS, GRID
 from ..questions import Question
 from .layouts import compose
 from .page import LARGE, Page, PageSize, Text
-from .words import LEXICON
+from .words import LEXICON, PRINTED
 
 KINDS = ("total", "cell", "field", "highest", "lines", "word", "place")
 T = TypeVar("T")
@@ -103,6 +103,36 @@ def _place(page: Page, rng: np.random.Generator) -> Question | None:
         return None
     text, (column, row) = _pick(rng, places)
     return Question("place", f"Where is the word {text.text.lower()}?", CELLS[row * GRID + column])
+
+
+def beside(page: Page, rng: np.random.Generator) -> Question | None:
+    """What is printed right of a word or below it: asked in training only, it teaches how fields,
+    totals and tables are read."""
+    texts = [text.text.lower() for text in page.texts]
+    words = [
+        t for t in page.texts if t.text.lower() in PRINTED and texts.count(t.text.lower()) == 1
+    ]
+    if not words:
+        return None
+    word, side = _pick(rng, words), _pick(rng, ["right of", "below"])
+    nearest = (_right_of if side == "right of" else _below)(page, word)
+    answer = nearest.text.lower() if nearest else "nothing"
+    return Question("beside", f"What is {side} {word.text.lower()}?", answer)
+
+
+def _right_of(page: Page, word: Text) -> Text | None:
+    """The next text of a line."""
+    line = [t for t in page.texts if abs(t.y - word.y) < word.size / 2 and t.box[0] > word.box[0]]
+    others = [text for text in line if text is not word]
+    return min(others, key=lambda text: text.box[0], default=None)
+
+
+def _below(page: Page, word: Text) -> Text | None:
+    """The next text that lies below a part of a word, at most three lines away."""
+    left, _, right, _ = word.box
+    near = [t for t in page.texts if word.size / 2 < t.y - word.y < 3 * word.size]
+    under = [text for text in near if text.box[0] < right and text.box[2] > left]
+    return min(under, key=lambda text: (text.y, text.box[0]), default=None)
 
 
 _ASK = {
