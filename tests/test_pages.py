@@ -123,8 +123,8 @@ def test_every_question_has_the_answer_that_the_page_shows(held_out):
 
 def answers_beside(page: Page) -> dict[str, str]:
     """The answers to the questions of training about what is beside a word."""
-    asked = (pages.beside(page, np.random.default_rng(n)) for n in range(120))
-    return {question.text: question.answer for question in asked if question}
+    questions = (pages.beside(page, np.random.default_rng(n)) for n in range(120))
+    return {question.text: question.answer for question in questions if question}
 
 
 def test_what_is_beside_a_word_is_what_the_facts_of_the_page_say(held_out):

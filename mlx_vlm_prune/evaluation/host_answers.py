@@ -91,10 +91,6 @@ class EvaluatedHost:
         if not isinstance(seen, ClipFile):
             images = open_question_images(question, self.max_pixels)
             return prepare_prompt(self.host, question.text, images)
-        if self.host.why_no_clips:
-            raise UserError(
-                f"it is about a video, and this model reads none: {self.host.why_no_clips}"
-            )
         clip = open_video(seen.path, seen.fps, seen.max_frames, self.max_pixels)
         return prepare_clip(self.host, Request(question.text, []), clip, ProcessorOptions())
 

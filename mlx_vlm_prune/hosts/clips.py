@@ -40,10 +40,15 @@ def open_clip(request: Request, options: ProcessorOptions) -> Clip | None:
 
 def check_clip(host: Host, pipeline: Pipeline) -> None:
     """Raises UserError for a model that reads no clips, and for methods that cannot prune one."""
-    if host.why_no_clips:
-        raise UserError(f"a {host.kind} model answers about no video: {host.why_no_clips}")
+    check_reads_clips(host)
     if why := why_not_clip(host, pipeline):
         raise UserError(why)
+
+
+def check_reads_clips(host: Host) -> None:
+    """Raises UserError for a model that reads none."""
+    if host.why_no_clips:
+        raise UserError(f"a {host.kind} model answers about no video: {host.why_no_clips}")
 
 
 def why_not_clip(host: Host, pipeline: Pipeline) -> str | None:
@@ -67,6 +72,7 @@ def prepare_clip(
 ) -> PreparedInputs:
     """A question about a clip as ids and pixels, behind earlier turns, the first of which has the
     clip. Raises UserError."""
+    check_reads_clips(host)
     token = getattr(host.processor, "video_token", None)
     marks = [token] if isinstance(token, str) and token else []
     answered = [text for turn in request.history for text in (turn.question, turn.answer)]

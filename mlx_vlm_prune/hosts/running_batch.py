@@ -143,7 +143,6 @@ class HostRunningBatch:
         """Pictures or a clip and all turns through mlx-vlm's template and processor. Raises
         UserError."""
         clock = request_clock()
-        self._plan(request)
         options = ProcessorOptions()
         seen = open_clip(request, options) or open_images(request)
         inputs = prepare_request(self.host, request, seen, options)
