@@ -35,8 +35,7 @@ PaliGemma answer differently from mlx-vlm alone, which puts words in wrong place
 first image or refuses the second ([faults](upstream/mlx-vlm-faults.md)). Here they answer as a
 model that reads the sequence without a cache, to 1e-4.
 
-A "yes" under "video" is for `generate`, `chat`, blocks of `pruned()` and folders of `prune-into`
-([videos](video.md)).
+A "yes" under "video" is for all that reads [videos](video.md).
 """
 COUNTED = "it counts the rows it is given"
 # Of each column what stands in the way in a family, None where nothing does.
