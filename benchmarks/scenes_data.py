@@ -3,7 +3,7 @@
 Writes DIR/train and DIR/valid as MiniMind-V's parquet, as LLaVA's JSON, or as JSON lines, the last
 two with their pictures in DIR/images. A scene is an example, and its questions are turns about one
 picture; with `--separate` each is an example, as the built-in model, which knows one turn only, was
-trained. Scenes that methods are judged on are in neither file; the same options write the same
+trained. Pictures that methods are judged on are in neither file; the same options write the same
 files. `--world pages` writes printed pages, `--world scenes pages` a picture of each in turn. The
 last line is one JSON object of what was written.
 
@@ -41,9 +41,12 @@ ODDS = {
     "existence": 2, "colour": 2, "counting": 3, "relation": 3, "grounding": 2, "reading": 2,
     "content": 2, "farthest": 2, "highest": 2,
 }  # fmt: skip
-PAGE_ODDS = {"total": 1, "cell": 4, "field": 3, "highest": 2, "lines": 1, "word": 3, "place": 3}
-PIECE = 512  # scenes that processes draw before the next are due
-TRIES = 8  # questions tried for each turn: a scene answers some kinds only, and none twice
+PAGE_ODDS = {
+    "total": 4, "cell": 12, "field": 8, "highest": 4, "lines": 2, "word": 1, "place": 4,
+    "beside": 6,
+}  # fmt: skip
+PIECE = 512  # pictures that processes draw before the next are due
+TRIES = 8  # questions tried for each turn: a picture answers some kinds only, and none twice
 CLEARLY = 12  # pixels by which a shape is farther, or higher, than the next
 VALID_SEEDS = TRAIN_SEEDS[len(TRAIN_SEEDS) // 2 :]  # the trainers of scenes read from the first on
 
@@ -92,7 +95,11 @@ class World:
 WORLDS = {
     "scenes": World(compose, Scene.image, question_of, ODDS, (*KINDS, "content")),
     "pages": World(
-        partial(pages.compose, page_size=pages.SMALL), pages.draw, pages.ask, PAGE_ODDS, pages.KINDS
+        partial(pages.compose, page_size=pages.SMALL),
+        pages.draw,
+        pages.ask,
+        PAGE_ODDS,
+        (*pages.KINDS, "beside"),
     ),
 }
 
@@ -173,7 +180,7 @@ def example(seed: int, asking: Asking) -> Example | None:
     if not questions:
         return None
     picture = io.BytesIO()
-    # Most of the time went into smaller files.
+    # Level 1: smaller files took most of the time.
     world.picture(drawn).save(picture, "PNG", compress_level=1)
     return Example(seed, picture.getvalue(), questions)
 
@@ -257,7 +264,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_kinds(asking: Asking) -> None:
     """Raises UserError for a kind of question that no picture of these worlds is asked."""
-    known = {kind: name for name in asking.worlds for kind in WORLDS[name].odds}
+    known = dict.fromkeys(kind for name in asking.worlds for kind in WORLDS[name].odds)
     for kind in (*asking.kinds, *([asking.always] if asking.always else [])):
         if kind not in known:
             raise UserError(

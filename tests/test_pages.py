@@ -123,7 +123,7 @@ def test_every_question_has_the_answer_that_the_page_shows(held_out):
 
 def answers_beside(page: Page) -> dict[str, str]:
     """The answers to the questions of training about what is beside a word."""
-    questions = (pages.beside(page, np.random.default_rng(n)) for n in range(120))
+    questions = (pages.ask(page, "beside", np.random.default_rng(n)) for n in range(120))
     return {question.text: question.answer for question in questions if question}
 
 

@@ -205,7 +205,7 @@ def test_the_memory_of_frames_is_bounded_and_given_back(folder, home, name, monk
             assert server.chat(clip, max_tokens=1)
 
 
-def test_an_animation_that_would_take_long_ends_when_nobody_waits(home, monkeypatch):
+def test_a_clip_ends_when_nobody_waits(home):
     requests = OpenRequests(1, 10**9)
     with requests.open(60) as request:
         pass

@@ -1,6 +1,7 @@
 """A clip is read frame by frame, at its source's times, and a bad one is refused in a sentence."""
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -123,9 +124,39 @@ def test_a_gif_whose_frames_outgrow_it_or_that_hides_blocks_is_refused(tmp_path)
     larger = whole[: second + 5] + (500).to_bytes(2, "little") * 2 + whole[second + 9 :]
     with pytest.raises(UserError, match="must have one size; 64 x 48 and 500 x 500"):
         open_video(larger)
+    small = whole[: second + 11] + b"\1a" * 20_000 + b"\0" + whole[-1:]
+    with pytest.raises(UserError, match="shorter than encoders write them"):
+        open_video(small)
     comments = whole[:second] + b"\x21\xfe\x01a\x00" * 20_000 + whole[second:]
     with pytest.raises(UserError, match="has more than 10000 blocks before a picture"):
         open_video(comments)
+
+
+class EndedError(Exception):
+    """Nobody waits any more."""
+
+
+@pytest.mark.parametrize("name, calls", [("clip", 3), ("a.gif", 10 + 10), ("a.avi", 4)])
+def test_decoding_can_be_ended_before_each_frame(tmp_path, name, calls):
+    folder_of(tmp_path / "clip", 3)
+    animation(tmp_path / "a.gif", 10, 100)
+    film(tmp_path / "a.avi", 20, 10)
+
+    def checks_until(most: int) -> int:
+        checks = []
+
+        def check() -> None:
+            checks.append(1)
+            if len(checks) > most:
+                raise EndedError
+
+        with suppress(EndedError):
+            open_video(tmp_path / name, check=check)
+            return len(checks)
+        return -1
+
+    assert checks_until(calls) == calls
+    assert [checks_until(most) for most in range(calls)] == [-1] * calls
 
 
 def test_a_list_of_streams_is_no_avi_file(tmp_path):

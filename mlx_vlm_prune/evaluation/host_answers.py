@@ -146,8 +146,8 @@ class EvaluatedHost:
 
 
 def default_methods(host: Host, *, with_clips: bool = False) -> list[str]:
-    """All methods that can prune this model, and with it clips, and selectors with `restore` where
-    it can be."""
+    """All methods that can prune this model (`with_clips`: clips, too), and selectors with
+    `restore` where it can be."""
 
     def is_supported(spec: str) -> bool:
         pipeline = plan(spec, host.learned)

@@ -63,10 +63,19 @@ def frame_rate(
     return 1000 * total / lasting_ms if math.isfinite(lasting_ms) and lasting_ms > 0 else 10.0
 
 
-def decoded_frames(opened: Image.Image, numbers: Sequence[int], name: str) -> Iterator[Image.Image]:
-    """These frames of an animation, in order."""
+def decoded_frames(
+    opened: Image.Image, numbers: Sequence[int], name: str, check: Callable[[], None] | None
+) -> Iterator[Image.Image]:
+    """These frames of an animation, in order; those in between are decoded on the way."""
+    here = 0
     for number, same in groupby(numbers):
+        for step in range(here, number + 1):
+            if check:
+                check()
+            with naming_damage(name):
+                opened.seek(step)
+                opened.load()
         with naming_damage(name):
-            opened.seek(number)
             frame = to_rgb(opened.copy(), name)
+        here = number + 1
         yield from (frame for _ in same)

@@ -22,6 +22,7 @@ MOST_SEGMENTS = 10_000
 MOST_CHUNKS, MOST_PICTURE_CHUNKS = 1000, 100_000  # of a PNG, beside those with pixels, and those
 PICTURE_CHUNKS = (b"IDAT", b"fdAT", b"fcTL")
 MOST_STEPS = 10_000  # blocks of a GIF before a picture
+SHORT_BLOCK = 128  # bytes; encoders write blocks of 255
 RLE_BYTES, RLE_PIXELS = 1 << 21, 1 << 22  # of a BMP that is packed by runs, read in Python
 
 
@@ -111,7 +112,10 @@ def gif_fault(data: bytes, *, is_animated: bool = False) -> str | None:
         if data[at : at + 1] == b",":
             if not is_animated:
                 return None
-            at, steps = _behind_blocks(data, at + 11 + _palette_bytes(data, at + 9)), 0
+            begin = at + 11 + _palette_bytes(data, at + 9)
+            (at, blocks), steps = _behind_blocks(data, begin), 0
+            if blocks > MOST_STEPS + (at - begin) // SHORT_BLOCK:
+                return f"has a picture in {blocks} blocks, shorter than encoders write them"
             continue
         if data[at : at + 1] == b"!":
             at += 2
@@ -128,11 +132,12 @@ def _palette_bytes(data: bytes, at: int) -> int:
     return 3 << ((data[at] & 7) + 1) if len(data) > at and data[at] & 0x80 else 0
 
 
-def _behind_blocks(data: bytes, at: int) -> int:
-    """The place behind a picture's blocks, the last of which is empty."""
+def _behind_blocks(data: bytes, at: int) -> tuple[int, int]:
+    """The place behind a picture's blocks, the last of which is empty, and their number."""
+    blocks = 0
     while at < len(data) and data[at]:
-        at += 1 + data[at]
-    return at + 1
+        at, blocks = at + 1 + data[at], blocks + 1
+    return at + 1, blocks
 
 
 def _bmp_fault(data: bytes) -> str | None:

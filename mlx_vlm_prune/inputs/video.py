@@ -189,8 +189,14 @@ def _from_pictures(sources: Sequence[Any], name: str, options: FrameOptions) -> 
         raise UserError(f"{name} has no pictures ({', '.join(s[1:] for s in PICTURES)})")
     total = len(sources)
     numbers = _spread(total, min(total, options.max_frames))
-    frames = (open_image(sources[number], options.max_pixels) for number in numbers)
-    return _clip(frames, numbers, total, options.fps, name, options)
+
+    def opened() -> Iterator[Image.Image]:
+        for number in numbers:
+            if options.check:
+                options.check()
+            yield open_image(sources[number], options.max_pixels)
+
+    return _clip(opened(), numbers, total, options.fps, name, options)
 
 
 def _from_file(source: Path | bytes, name: str, options: FrameOptions) -> Clip:
@@ -243,7 +249,7 @@ def _from_animation(source: Path | bytes, name: str, options: FrameOptions) -> C
             total = count_frames(opened, name, options.max_pixels)
         source_fps = frame_rate(opened, total, name, options.check)
         numbers = frame_numbers(total, source_fps, options.fps, options.max_frames)
-        frames = decoded_frames(opened, numbers, name)
+        frames = decoded_frames(opened, numbers, name, options.check)
         return _clip(frames, numbers, total, source_fps, name, options)
 
 

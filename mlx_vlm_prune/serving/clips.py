@@ -28,12 +28,12 @@ def open_clip(
 
     Raises RequestRefusedError.
     """
-    body_bytes, stored = open_request.nbytes, list[tuple[int, int]]()
+    body_bytes, decoded_sizes = open_request.nbytes, list[tuple[int, int]]()
 
     def fit(frame: Image.Image) -> Image.Image:
         check_shape(frame)
         size = fitting_size(frame.size, settings.max_pixels)
-        stored.append(frame.size)
+        decoded_sizes.append(frame.size)
         open_request.hold(open_request.nbytes + 3 * size[0] * size[1])  # as RGB
         return frame if size == frame.size else frame.resize(size, Image.Resampling.BICUBIC)
 
@@ -47,7 +47,7 @@ def open_clip(
         sentence = in_api_words(f"the video: {problem}")
         raise RequestRefusedError(sentence, field="video_url") from None
     open_request.hold(open_request.nbytes - body_bytes)
-    width, height = stored[0]
+    width, height = decoded_sizes[0]
     if clip.frames[0].size != (width, height):
         notes.warn(
             f"the video has {width} x {height} pixels and the server allows {settings.max_pixels};"

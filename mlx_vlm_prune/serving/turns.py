@@ -77,7 +77,7 @@ def clip_of(all_parts: Sequence[Parts]) -> VideoUrl | None:
 
 
 def parts_of(message: Message, number: int) -> Parts:
-    """A message's texts, pictures and clips. Raises RequestRefusedError for a picture that is not
+    """A message's texts, pictures and clips. Raises RequestRefusedError for one that is not
     the user's, and for no content."""
     if message.content is None and message.role != "assistant":
         raise RequestRefusedError(f"messages[{number}] has no content", field="messages")

@@ -51,7 +51,7 @@ SCENE_MIX = {
     "content": 2,
 }
 # Of a page as many different questions are asked as there is room for. Each has a dozen about its
-# words and few about its facts, which therefore come first.
+# words and few about its facts, which are therefore drawn more often.
 PAGE_MIX = {
     "total": 4,
     "cell": 12,
@@ -165,7 +165,7 @@ class PageWorld:
         return pages.draw(drawn)
 
     def ask(self, drawn: pages.Page, kind: str, rng: np.random.Generator) -> scenes.Question | None:
-        return pages.beside(drawn, rng) if kind == "beside" else pages.ask(drawn, kind, rng)
+        return pages.ask(drawn, kind, rng)
 
     def held_out(self, per_kind: int) -> Iterator[tuple[pages.Page, list[scenes.Question]]]:
         return pages.page_questions(scenes.HELD_OUT_SEEDS, per_kind, self.page_size)

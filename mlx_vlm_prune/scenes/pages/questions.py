@@ -123,8 +123,7 @@ def beside(page: Page, rng: np.random.Generator) -> Question | None:
 def _right_of(page: Page, word: Text) -> Text | None:
     """The next text of a line."""
     line = [t for t in page.texts if abs(t.y - word.y) < word.size / 2 and t.box[0] > word.box[0]]
-    others = [text for text in line if text is not word]
-    return min(others, key=lambda text: text.box[0], default=None)
+    return min(line, key=lambda text: text.box[0], default=None)
 
 
 def _below(page: Page, word: Text) -> Text | None:
@@ -143,4 +142,5 @@ _ASK = {
     "lines": _lines,
     "word": _word,
     "place": _place,
+    "beside": beside,
 }
