@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.scenes_data import build_parser as data_parser
 from mlx_vlm_prune.train import build_parser
 from mlx_vlm_prune.training.config import DEFAULTS, TrainConfig
 from mlx_vlm_prune.training.metrics import read_rows
@@ -17,15 +18,8 @@ from .training_runs import write_data
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = {
-    "--out",
-    "--turns",
-    "--separate",
     "--all",
-    "--always",
-    "--kinds",
     "--questions",
-    "--examples",
-    "--valid",
     "--per-kind",
 }
 PAGE = (ROOT / "docs/training.md").read_text(encoding="utf-8")
@@ -67,6 +61,7 @@ def test_every_flag_of_the_page_exists():
         "--save",
         *BENCHMARKS,
         *scenes_parser().flags.values(),
+        *data_parser().flags.values(),
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE)) <= known
 
