@@ -41,10 +41,6 @@ ODDS = {
     "existence": 2, "colour": 2, "counting": 3, "relation": 3, "grounding": 2, "reading": 2,
     "content": 2, "farthest": 2, "highest": 2,
 }  # fmt: skip
-PAGE_ODDS = {
-    "total": 4, "cell": 12, "field": 8, "highest": 4, "lines": 2, "word": 1, "place": 4,
-    "beside": 6,
-}  # fmt: skip
 PIECE = 512  # pictures that processes draw before the next are due
 TRIES = 8  # questions tried for each turn: a picture answers some kinds only, and none twice
 CLEARLY = 12  # pixels by which a shape is farther, or higher, than the next
@@ -98,8 +94,8 @@ WORLDS = {
         partial(pages.compose, page_size=pages.SMALL),
         pages.draw,
         pages.ask,
-        PAGE_ODDS,
-        (*pages.KINDS, "beside"),
+        pages.ODDS,
+        tuple(pages.ODDS),
     ),
 }
 
@@ -302,7 +298,7 @@ def build_parser() -> Parser:
     add("--turns", type=positive, default=8, metavar="N", help="most questions about a picture (8)")
     add("--kinds", nargs="+", metavar="KIND",
         help=f"of scenes {', '.join(ODDS)} (all but the last two); of pages"
-        f" {', '.join(PAGE_ODDS)} (all, also where only the other world's are named)")  # fmt: skip
+        f" {', '.join(pages.ODDS)} (all, also where only the other world's are named)")  # fmt: skip
     add("--always", metavar="KIND",
         help="a kind that every picture is asked first")  # fmt: skip
     add("--workers", type=positive, default=1, metavar="N", help="processes that draw (1)")

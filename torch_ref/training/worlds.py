@@ -50,18 +50,6 @@ SCENE_MIX = {
     "reading": 2,
     "content": 2,
 }
-# Of a page as many different questions are asked as there is room for. Each has a dozen about its
-# words and few about its facts, which are therefore drawn more often.
-PAGE_MIX = {
-    "total": 4,
-    "cell": 12,
-    "field": 8,
-    "highest": 4,
-    "lines": 2,
-    "word": 1,
-    "place": 4,
-    "beside": 6,
-}
 
 
 def patch_centres(size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -156,7 +144,7 @@ class PageWorld:
     """Printed pages."""
 
     page_size: pages.PageSize = pages.LARGE
-    mix = PAGE_MIX
+    mix = pages.ODDS
 
     def compose(self, seed: int) -> pages.Page:
         return pages.compose(seed, self.page_size)

@@ -69,10 +69,8 @@ def _seen(record: dict[str, Any], images: Path) -> Path | ClipFile:
     if len(names) != 1:
         raise RecordError("there is no image and no video" if not names else "it has an image and a"
                           " video; a question is about one of them")  # fmt: skip
-    return _clip(record, images) if names == ["video"] else _image(record, images)
-
-
-def _image(record: dict[str, Any], images: Path) -> Path:
+    if names == ["video"]:
+        return _clip(record, images)
     return image_file(images, text_field(record, "image"))
 
 

@@ -7,9 +7,9 @@ questions.py asks about it. Numpy and Pillow only, as in the rest of this packag
 from .draw import draw
 from .layouts import LAYOUTS, compose
 from .page import FONTS, LARGE, SMALL, Facts, Page, PageSize, Text
-from .questions import KINDS, ask, page_questions
+from .questions import KINDS, ODDS, ask, page_questions
 
 __all__ = [
-    "FONTS", "KINDS", "LARGE", "LAYOUTS", "SMALL", "Facts", "Page", "PageSize", "Text", "ask",
-    "compose", "draw", "page_questions",
+    "FONTS", "KINDS", "LARGE", "LAYOUTS", "ODDS", "SMALL", "Facts", "Page", "PageSize", "Text",
+    "ask", "compose", "draw", "page_questions",
 ]  # fmt: skip

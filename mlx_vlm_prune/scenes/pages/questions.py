@@ -15,6 +15,12 @@ from .layouts import compose
 from .page import LARGE, Page, PageSize, Text
 from .words import LEXICON, PRINTED
 
+# How often each kind is asked in training. Of a page as many different questions are asked as there
+# is room for. Each has a dozen about its words and few about its facts, drawn more often therefore.
+ODDS = {
+    "total": 4, "cell": 12, "field": 8, "highest": 4, "lines": 2, "word": 1, "place": 4,
+    "beside": 6,
+}  # fmt: skip
 KINDS = ("total", "cell", "field", "highest", "lines", "word", "place")
 T = TypeVar("T")
 
