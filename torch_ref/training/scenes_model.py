@@ -16,6 +16,7 @@ from mlx_vlm_prune.scenes.vocabulary import IMAGE_TOKEN
 
 from ..models.towers.vit import Layer, VisionTower
 from ..models.vlm import VLM
+from .bindings import BINDINGS
 from .scenes_data import Batch
 from .worlds import (
     BACKGROUND,
@@ -159,8 +160,8 @@ class Trainee(nn.Module):
     """The model and its losses.
 
     Every projected patch must predict its words through the tied embedding (kind, colour, cell,
-    letter), every patch of a page its letters, CLS what is in the picture, and, once `questions`
-    are asked, the language model the answers.
+    letter), every patch of a page its letters and what its text belongs to, CLS what is in the
+    picture, and, once `questions` are asked, the language model the answers.
     """
 
     def __init__(self, dense_weight: float, size: ModelSize = SIZES["small"]) -> None:
@@ -168,9 +169,10 @@ class Trainee(nn.Module):
         self.curriculum = size.curriculum
         self.vlm, self.dense_weight = build_model(size), dense_weight
         self.summary = nn.Linear(size.vision.hidden_size, SUMMARY)  # from CLS
-        self.glyphs = None  # from a patch, where there are pages
+        self.glyphs = self.bindings = None  # from a patch, where there are pages
         if PAGE_GROUPS.keys() & self.curriculum.groups.keys():
             self.glyphs = nn.Linear(size.vision.hidden_size, len(THIRDS) * len(GLYPHS))
+            self.bindings = nn.Linear(size.vision.hidden_size, sum(BINDINGS.values()))
 
     def forward(self, batch: Batch, questions: bool) -> tuple[Tensor, dict[str, Tensor]]:
         vlm, tower = self.vlm, self.vlm.tower
@@ -183,7 +185,8 @@ class Trainee(nn.Module):
         figures["cls"] = cls_loss.detach()
         if self.glyphs and encoded.signals.x_BND.requires_grad:  # it teaches the tower alone
             glyph_loss, figures["glyph"] = self.glyph_loss(encoded.signals.x_BND, batch.glyphs)
-            loss = loss + glyph_loss
+            binding_loss, bound = self.binding_loss(encoded.signals.x_BND, batch.bindings)
+            loss, figures = loss + glyph_loss + binding_loss, figures | bound
         if questions:
             logits = self.answers(visual_BND, batch)
             answer_loss = F.cross_entropy(logits.float(), batch.targets)
@@ -224,6 +227,21 @@ class Trainee(nn.Module):
         known = (target != IGNORE).sum().clamp(min=1)
         loss = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum") / known
         return loss, ((logits.argmax(-1) == target).sum() / known).detach()
+
+    def binding_loss(self, x_BND: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Every patch names what its text belongs to; of each of BINDINGS the share that is
+        right."""
+        assert self.bindings, "there are pages"
+        x = F.layer_norm(x_BND.float(), x_BND.shape[-1:])
+        losses, figures = [], {}
+        parts = self.bindings(x).split(list(BINDINGS.values()), dim=-1)
+        for i, (name, logits) in enumerate(zip(BINDINGS, parts, strict=True)):
+            logits, target = logits.flatten(0, -2), targets[..., i].flatten()
+            known = (target != IGNORE).sum().clamp(min=1)
+            summed = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+            losses.append(summed / known)
+            figures[name] = ((logits.argmax(-1) == target).sum() / known).detach()
+        return torch.stack(losses).mean() * 3, figures
 
     def answers(self, visual_BND: Tensor, batch: Batch) -> Tensor:
         """Logits at the answers' tokens, (answer tokens of the whole batch, V)."""

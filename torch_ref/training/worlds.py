@@ -7,7 +7,7 @@ Shapes: N patches, G groups of words that a patch must predict.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +19,8 @@ from mlx_vlm_prune.scenes.pages.draw import OVERSAMPLE, load_font
 from mlx_vlm_prune.scenes.pages.words import PRINTED
 from mlx_vlm_prune.scenes.questions import content
 from mlx_vlm_prune.scenes.vocabulary import PLACES, SLOTS, large_words, words
+
+from .bindings import BINDINGS, bars, bindings
 
 IGNORE = -100
 PATCH = 16
@@ -122,6 +124,10 @@ class SceneWorld:
         """None, (N, THIRDS) of IGNORE: signs have targets of their own."""
         return np.full(((self.canvas.size // PATCH) ** 2, len(THIRDS)), IGNORE)
 
+    def bindings(self, drawn: scenes.Scene) -> np.ndarray:
+        """None, (N, BINDINGS) of IGNORE."""
+        return np.full(((self.canvas.size // PATCH) ** 2, len(BINDINGS)), IGNORE)
+
 
 def _sign_targets(
     sign: scenes.Sign, x: np.ndarray, y: np.ndarray, target: np.ndarray, column: dict[str, int]
@@ -167,12 +173,7 @@ class PageWorld:
         target[:, groups.index("kind")] = SCENE_GROUPS["kind"].index(BACKGROUND)
         nearest = np.full(len(x), np.inf)
         for text in drawn.texts:
-            left, ends = _ends(drawn, text)
-            right = left + ends[-1]
-            x0, y0 = drawn.turned(left, text.y)
-            x1, y1 = drawn.turned(right, text.y)
-            across = (x - x0) / max(x1 - x0, 1e-6)  # 0 at the text's left end, 1 at its right
-            off = np.abs(y - (y0 + np.clip(across, 0, 1) * (y1 - y0)))
+            (x0, x1), _, off, _ = _along(drawn, text, x, y)
             near = (x > x0 - PATCH / 2) & (x < x1 + PATCH / 2) & (off < PATCH / 2 + text.size / 2)
             target[near, groups.index("kind")] = IGNORE
             on = near & (off < PATCH / 2) & (off < nearest)
@@ -203,13 +204,8 @@ class PageWorld:
         x, y = patch_centres(drawn.side)
         target, nearest = (np.full((len(x), len(THIRDS)), n) for n in (IGNORE, PATCH / 2))
         for text in drawn.texts:
-            left, ends = _ends(drawn, text)
-            x0, y0 = drawn.turned(left, text.y)
-            x1, y1 = drawn.turned(left + ends[-1], text.y)
-            length = max(x1 - x0, 1e-6)
             for third, shift in enumerate(THIRDS):
-                across = (x + shift - x0) / length
-                off = np.abs(y - (y0 + np.clip(across, 0, 1) * (y1 - y0)))
+                _, across, off, ends = _along(drawn, text, x + shift, y)
                 on = (across >= 0) & (across < 1) & (off < nearest[:, third])
                 nearest[on, third] = off[on]
                 letter = np.searchsorted(ends, across[on] * ends[-1], side="right")
@@ -217,14 +213,42 @@ class PageWorld:
                 target[on, third] = named
         return target
 
+    def bindings(self, drawn: pages.Page) -> np.ndarray:
+        """What each patch's text or bar belongs to, (N, BINDINGS): places in each, or IGNORE."""
+        x, y = patch_centres(drawn.side)
+        target, nearest = np.full((len(x), len(BINDINGS)), IGNORE), np.full(len(x), PATCH / 2)
+        for text, belongs in zip(drawn.texts, bindings(drawn), strict=True):
+            (x0, x1), _, off, _ = _along(drawn, text, x, y)
+            on = (x > x0 - PATCH / 2) & (x < x1 + PATCH / 2) & (off < nearest)
+            nearest[on] = off[on]
+            target[on] = [belongs.get(name, IGNORE) for name in BINDINGS]
+        straight = replace(drawn, turn=-drawn.turn).turned(x, y)
+        for polygon, belongs in bars(drawn).values():
+            on = np.full(len(x), True)
+            for at, ends in zip(straight, zip(*polygon.points, strict=True), strict=True):
+                margin = max(0, (PATCH - (max(ends) - min(ends))) / 2)  # a point fills no patch
+                on &= (at >= min(ends) - margin) & (at <= max(ends) + margin)
+            target[on] = [belongs.get(name, IGNORE) for name in BINDINGS]
+        return target
 
-def _ends(page: pages.Page, text: pages.Text) -> tuple[float, np.ndarray]:
-    """Left end of a text as it is drawn, before the page is turned, and how far from there each
-    letter ends."""
+
+def _along(
+    page: pages.Page, text: pages.Text, x: np.ndarray, y: np.ndarray
+) -> tuple[tuple[float, float], np.ndarray, np.ndarray, np.ndarray]:
+    """Where points of the picture lie on a text as it is drawn and turned.
+
+    Its left and right end in pixels; each point's place along it, 0 at its left end and 1 at its
+    right; each point's distance from its middle line in pixels; how far from its left end each
+    letter ends, before it is turned.
+    """
     font = load_font(page.font, round(OVERSAMPLE * text.size))
     lengths = [font.getlength(text.text[: i + 1]) / OVERSAMPLE for i in range(len(text.text))]
     left = text.x - lengths[-1] * {"l": 0.0, "m": 0.5, "r": 1.0}[text.anchor[0]]
-    return left, np.array(lengths)
+    x0, y0 = page.turned(left, text.y)
+    x1, y1 = page.turned(left + lengths[-1], text.y)
+    across = (x - x0) / max(x1 - x0, 1e-6)
+    off = np.abs(y - (y0 + np.clip(across, 0, 1) * (y1 - y0)))
+    return (x0, x1), across, off, np.array(lengths)
 
 
 World = SceneWorld | PageWorld
