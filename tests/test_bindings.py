@@ -162,7 +162,8 @@ def test_what_texts_belong_to_teaches_a_tower_that_learns_and_no_other():
     x = torch.zeros(*batch.bindings.shape[:2], 192)
     loss, figures = trainee.binding_loss(x, batch.bindings)
     loss.backward()
-    assert figures.keys() == BINDINGS.keys() and trainee.bindings.bias.grad.any()
+    assert trainee.bindings and (grad := trainee.bindings.bias.grad) is not None
+    assert figures.keys() == BINDINGS.keys() and grad.any()
     alone = torch.full_like(batch.bindings, IGNORE)
     alone[0, 0, BAR] = 1  # one patch, one of three: with no features all three are as likely
     trainee.bindings.bias.data.zero_()

@@ -6,8 +6,13 @@ wide a font draws a word, so that the facts are the same with any version of Pil
 
 import math
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
 
 from ..draw import GRID
+
+Length = TypeVar("Length", float, np.ndarray)
 
 FONTS = ("Caladea-Regular", "DejaVuSansMono", "DejaVuSerif", "Roboto-Bold", "Roboto-Regular")
 WIDEST, LONGEST = 0.89, 6.3  # a letter on average, and a word, in sizes of the font, at most
@@ -82,8 +87,8 @@ class Page:
     facts: Facts
     side: int = LARGE.side  # pixels
 
-    def turned(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point of the straight page lies in the picture."""
+    def turned(self, x: Length, y: Length) -> tuple[Length, Length]:
+        """Where points of the straight page lie in the picture."""
         angle, middle = math.radians(self.turn), self.side / 2
         right, down = x - middle, y - middle
         return (
