@@ -5,14 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from mlx_vlm_prune.scenes import compose, pages
 from mlx_vlm_prune.scenes.pages import Facts, Page, Text
 from mlx_vlm_prune.scenes.pages.page import Shape
 from mlx_vlm_prune.scenes.pages.words import PRINTED
-from torch_ref.training.bindings import BINDINGS, LINES, bindings
+from torch_ref.training.bindings import BINDINGS, LINES, NAMES, PLACES, bindings
 from torch_ref.training.scenes_data import ScenesBatches
-from torch_ref.training.scenes_model import SIZES, Trainee
+from torch_ref.training.scenes_model import SIZES, Trainee, binding_loss
 from torch_ref.training.worlds import IGNORE, PAGES, PageWorld, SceneWorld
 
 BAR = list(BINDINGS).index("bar")
@@ -156,23 +157,39 @@ def test_patches_on_a_text_and_no_others_name_what_it_belongs_to():
     assert (SceneWorld().bindings(compose(0)) == IGNORE).all()
 
 
-def test_what_texts_belong_to_teaches_a_tower_that_learns_and_no_other():
+def test_of_three_equal_scores_the_loss_is_that_of_a_guess():
+    head, targets = nn.Linear(4, sum(PLACES.values())), torch.full((1, 5, len(BINDINGS)), IGNORE)
+    head.bias.data.zero_()
+    targets[0, 0, BAR] = 1  # of one patch; with no features each of three ranks is as likely
+    loss, figures = binding_loss(head, torch.zeros(1, 5, 4), targets, PLACES)
+    np.testing.assert_allclose(loss.item(), np.log(3) / 2, rtol=1e-6)
+    assert figures.keys() == PLACES.keys() and figures["line"] == 0
+    head.bias.data[1] = 1.0
+    assert binding_loss(head, torch.zeros(1, 5, 4), targets, PLACES)[1]["bar"] == 1
+
+
+def test_what_texts_belong_to_teaches_a_tower_that_learns_and_its_reader():
     trainee, batch = Trainee(0.5, SIZES["pages"]), next(iter(ScenesBatches(4, 40, 0, PAGES)))
     batch = batch.to(torch.device("cpu"))
-    x = torch.zeros(*batch.bindings.shape[:2], 192)
-    loss, figures = trainee.binding_loss(x, batch.bindings)
-    loss.backward()
-    assert trainee.bindings and (grad := trainee.bindings.bias.grad) is not None
-    assert figures.keys() == BINDINGS.keys() and grad.any()
-    alone = torch.full_like(batch.bindings, IGNORE)
-    alone[0, 0, BAR] = 1  # one patch, one of three: with no features all three are as likely
-    trainee.bindings.bias.data.zero_()
-    np.testing.assert_allclose(
-        trainee.binding_loss(x, alone)[0].item(), 3 * np.log(3) / len(BINDINGS), rtol=1e-6
-    )
-    assert "row" in trainee(batch, questions=False)[1]
-    without = trainee(replace(batch, bindings=alone.fill_(IGNORE)), questions=False)[1]
-    assert all(without[name] == 0 for name in BINDINGS)
+    loss, figures = trainee(batch, questions=True)
+    assert figures.keys() >= BINDINGS.keys()
+    assert not figures.keys() - trainee(batch, questions=False)[1].keys() - {"answer", *NAMES}
+    without = replace(batch, bindings=torch.full_like(batch.bindings, IGNORE))
+    other, figures = trainee(without, questions=True)
+    assert all(figures[name] == 0 for name in BINDINGS) and other < loss
     trainee.vlm.tower.requires_grad_(False)
-    assert "row" not in trainee(batch, questions=False)[1]
-    assert Trainee(0.5, SIZES["deep"]).bindings is None
+    assert not trainee(batch, questions=True)[1].keys() & BINDINGS.keys()
+    assert Trainee(0.5, SIZES["deep"]).names is None
+
+
+def test_names_are_read_in_the_middle_of_the_language_model():
+    """The layers up to there learn from names alone, those behind do not."""
+    trainee, batch = Trainee(0.5, SIZES["pages"]), next(iter(ScenesBatches(4, 40, 0, PAGES)))
+    batch = batch.to(torch.device("cpu"))
+    x_BND = trainee.vlm.projector(trainee.vlm.tower(batch.pixels).signals.x_BND)
+    trainee.answers(x_BND, batch)
+    x_BND = trainee.middle_BLD[:, batch.first_visual :][:, :196]
+    assert trainee.names
+    binding_loss(trainee.names, x_BND, batch.bindings, NAMES)[0].backward()
+    learned = [layer.mlp.down_proj.weight.grad is not None for layer in trainee.vlm.language.layers]
+    assert learned == [True, True, False, False]

@@ -10,15 +10,19 @@ from mlx_vlm_prune.scenes.pages.words import PRINTED
 
 LINES = 16  # lines that are told apart
 HEIGHT = 8  # pixels; the tops of bars are told apart by these
-# What a patch must name, and among how many.
-BINDINGS = {
+# What a patch must name, and among how many: of names in the middle of the language model, which
+# reads the words before it, and of all else behind the tower.
+NAMES = {
     "row": len(PRINTED),  # the word at the left end of its line
     "column": len(PRINTED),  # the word at the head of its column
+}
+PLACES = {
     "bar": 3,  # neither, the highest, the lowest of a chart
     "top": pages.LARGE.side // HEIGHT,  # of the bar or the point, from the page's upper edge
     "line": LINES,  # counted from the top
     "lines": LINES,  # how many a question counts
 }
+BINDINGS = NAMES | PLACES
 
 
 def bindings(page: pages.Page) -> list[dict[str, int]]:

@@ -16,7 +16,7 @@ from mlx_vlm_prune.scenes.vocabulary import IMAGE_TOKEN
 
 from ..models.towers.vit import Layer, VisionTower
 from ..models.vlm import VLM
-from .bindings import BINDINGS
+from .bindings import BINDINGS, NAMES, PLACES
 from .scenes_data import Batch
 from .worlds import (
     BACKGROUND,
@@ -169,10 +169,16 @@ class Trainee(nn.Module):
         self.curriculum = size.curriculum
         self.vlm, self.dense_weight = build_model(size), dense_weight
         self.summary = nn.Linear(size.vision.hidden_size, SUMMARY)  # from CLS
-        self.glyphs = self.bindings = None  # from a patch, where there are pages
+        self.glyphs = self.places = self.names = None  # from a patch, where there are pages
         if PAGE_GROUPS.keys() & self.curriculum.groups.keys():
             self.glyphs = nn.Linear(size.vision.hidden_size, len(THIRDS) * len(GLYPHS))
-            self.bindings = nn.Linear(size.vision.hidden_size, sum(BINDINGS.values()))
+            self.places = nn.Linear(size.vision.hidden_size, sum(PLACES.values()))
+            self.names = nn.Linear(size.text.hidden_size, sum(NAMES.values()))
+            layers = self.vlm.language.layers
+            layers[len(layers) // 2 - 1].register_forward_hook(self._keep_middle)
+
+    def _keep_middle(self, layer: nn.Module, inputs: tuple, x_BLD: Tensor) -> None:
+        self.middle_BLD = x_BLD
 
     def forward(self, batch: Batch, questions: bool) -> tuple[Tensor, dict[str, Tensor]]:
         vlm, tower = self.vlm, self.vlm.tower
@@ -183,12 +189,18 @@ class Trainee(nn.Module):
         dense, figures = self.dense_loss(visual_BND, batch.dense)
         loss = dense + 0.3 * cls_loss
         figures["cls"] = cls_loss.detach()
-        if self.glyphs and encoded.signals.x_BND.requires_grad:  # it teaches the tower alone
-            glyph_loss, figures["glyph"] = self.glyph_loss(encoded.signals.x_BND, batch.glyphs)
-            binding_loss, bound = self.binding_loss(encoded.signals.x_BND, batch.bindings)
-            loss, figures = loss + glyph_loss + binding_loss, figures | bound
+        tower_learns = encoded.signals.x_BND.requires_grad
+        if tower_learns and self.glyphs and self.places:
+            x_BND = encoded.signals.x_BND
+            glyph_loss, figures["glyph"] = self.glyph_loss(x_BND, batch.glyphs)
+            place_loss, places = binding_loss(self.places, x_BND, batch.bindings, PLACES)
+            loss, figures = loss + glyph_loss + place_loss, figures | places
         if questions:
             logits = self.answers(visual_BND, batch)
+            if tower_learns and self.names:
+                x_BND = self.middle_BLD[:, batch.first_visual :][:, : visual_BND.shape[1]]
+                name_loss, names = binding_loss(self.names, x_BND, batch.bindings, NAMES)
+                loss, figures = loss + name_loss, figures | names
             answer_loss = F.cross_entropy(logits.float(), batch.targets)
             loss = self.dense_weight * loss + answer_loss
             figures["answer"] = answer_loss.detach()
@@ -228,21 +240,6 @@ class Trainee(nn.Module):
         loss = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum") / known
         return loss, ((logits.argmax(-1) == target).sum() / known).detach()
 
-    def binding_loss(self, x_BND: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Every patch names what its text belongs to; of each of BINDINGS the share that is
-        right."""
-        assert self.bindings, "there are pages"
-        x = F.layer_norm(x_BND.float(), x_BND.shape[-1:])
-        losses, figures = [], {}
-        parts = self.bindings(x).split(list(BINDINGS.values()), dim=-1)
-        for i, (name, logits) in enumerate(zip(BINDINGS, parts, strict=True)):
-            logits, target = logits.flatten(0, -2), targets[..., i].flatten()
-            known = (target != IGNORE).sum().clamp(min=1)
-            summed = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
-            losses.append(summed / known)
-            figures[name] = ((logits.argmax(-1) == target).sum() / known).detach()
-        return torch.stack(losses).mean() * 3, figures
-
     def answers(self, visual_BND: Tensor, batch: Batch) -> Tensor:
         """Logits at the answers' tokens, (answer tokens of the whole batch, V)."""
         language = self.vlm.language
@@ -253,3 +250,18 @@ class Trainee(nn.Module):
         embeds_BLD = torch.cat(pieces, dim=1)
         hidden = language(embeds_BLD, batch.positions, batch.visible())
         return language.logits(hidden.flatten(0, 1)[batch.answer_at])
+
+
+def binding_loss(
+    head: nn.Linear, x_BND: Tensor, targets: Tensor, groups: dict[str, int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Every patch names what its text belongs to, in some groups of BINDINGS; of each the share
+    that is right."""
+    x = F.layer_norm(x_BND.float(), x_BND.shape[-1:])
+    loss, figures = x.new_zeros(()), {}
+    for name, logits in zip(groups, head(x).split(list(groups.values()), dim=-1), strict=True):
+        logits, target = logits.flatten(0, -2), targets[..., list(BINDINGS).index(name)].flatten()
+        known = (target != IGNORE).sum().clamp(min=1)
+        loss = loss + F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum") / known
+        figures[name] = ((logits.argmax(-1) == target).sum() / known).detach()
+    return loss / 2, figures
