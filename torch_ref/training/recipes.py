@@ -51,8 +51,9 @@ RECIPES = {
     ),
     "pages": ScenesRecipe(
         size="pages",
-        tower_steps=2400,
-        steps=9000,
+        tower_steps=4100,
+        steps=8500,
+        batch=16,
         muon_rate=1.5e-3,
         adam_rate=1e-3,
         is_grown=True,
