@@ -33,7 +33,7 @@ class Batch:
     dense: Tensor  # (B, N, G)
     summary: Tensor  # (B, things)
     glyphs: Tensor  # (B, N, thirds of a patch)
-    bindings: Tensor  # (B, N, BINDINGS)
+    layout: Tensor  # (B, N, LAYOUT_GROUPS)
     ids: Tensor  # (B, L)
     positions: Tensor  # (B, L)
     branch: Tensor  # (B, L); -2 is padding
@@ -107,10 +107,10 @@ class Packer:
         dense = np.stack([world.patch_targets(drawn, groups) for world, drawn, _ in batch])
         summary = np.stack([world.summary(drawn) for world, drawn, _ in batch])
         glyphs = np.stack([world.glyphs(drawn) for world, drawn, _ in batch])
-        bindings = np.stack([world.bindings(drawn) for world, drawn, _ in batch])
+        layout = np.stack([world.layout_targets(drawn) for world, drawn, _ in batch])
         t = torch.from_numpy
         return Batch(
-            t(pixels.copy()), t(dense), t(summary), t(glyphs), t(bindings), t(ids), t(positions),
+            t(pixels.copy()), t(dense), t(summary), t(glyphs), t(layout), t(ids), t(positions),
             t(branch), torch.tensor(at), torch.tensor(targets), torch.tensor(of), kinds,
             self.first_visual,
         )  # fmt: skip

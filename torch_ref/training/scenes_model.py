@@ -16,7 +16,7 @@ from mlx_vlm_prune.scenes.vocabulary import IMAGE_TOKEN
 
 from ..models.towers.vit import Layer, VisionTower
 from ..models.vlm import VLM
-from .bindings import BINDINGS, NAMES, PLACES
+from .layout_targets import LAYOUT_GROUPS
 from .scenes_data import Batch
 from .worlds import (
     BACKGROUND,
@@ -160,7 +160,7 @@ class Trainee(nn.Module):
     """The model and its losses.
 
     Every projected patch must predict its words through the tied embedding (kind, colour, cell,
-    letter), every patch of a page its letters and what its text belongs to, CLS what is in the
+    letter), every patch of a page its letters and where its text stands, CLS what is in the
     picture, and, once `questions` are asked, the language model the answers.
     """
 
@@ -169,16 +169,10 @@ class Trainee(nn.Module):
         self.curriculum = size.curriculum
         self.vlm, self.dense_weight = build_model(size), dense_weight
         self.summary = nn.Linear(size.vision.hidden_size, SUMMARY)  # from CLS
-        self.glyphs = self.places = self.names = None  # from a patch, where there are pages
+        self.glyphs = self.layout = None  # from a patch, where there are pages
         if PAGE_GROUPS.keys() & self.curriculum.groups.keys():
             self.glyphs = nn.Linear(size.vision.hidden_size, len(THIRDS) * len(GLYPHS))
-            self.places = nn.Linear(size.vision.hidden_size, sum(PLACES.values()))
-            self.names = nn.Linear(size.text.hidden_size, sum(NAMES.values()))
-            layers = self.vlm.language.layers
-            layers[len(layers) // 2 - 1].register_forward_hook(self._keep_middle)
-
-    def _keep_middle(self, layer: nn.Module, inputs: tuple, x_BLD: Tensor) -> None:
-        self.middle_BLD = x_BLD
+            self.layout = nn.Linear(size.vision.hidden_size, sum(LAYOUT_GROUPS.values()))
 
     def forward(self, batch: Batch, questions: bool) -> tuple[Tensor, dict[str, Tensor]]:
         vlm, tower = self.vlm, self.vlm.tower
@@ -189,18 +183,13 @@ class Trainee(nn.Module):
         dense, figures = self.dense_loss(visual_BND, batch.dense)
         loss = dense + 0.3 * cls_loss
         figures["cls"] = cls_loss.detach()
-        tower_learns = encoded.signals.x_BND.requires_grad
-        if tower_learns and self.glyphs and self.places:
-            x_BND = encoded.signals.x_BND
+        x_BND = encoded.signals.x_BND
+        if self.glyphs and self.layout and x_BND.requires_grad:  # they teach the tower alone
             glyph_loss, figures["glyph"] = self.glyph_loss(x_BND, batch.glyphs)
-            place_loss, places = binding_loss(self.places, x_BND, batch.bindings, PLACES)
-            loss, figures = loss + glyph_loss + place_loss, figures | places
+            layout_loss, shares = self.layout_loss(x_BND, batch.layout)
+            loss, figures = loss + glyph_loss + layout_loss, figures | shares
         if questions:
             logits = self.answers(visual_BND, batch)
-            if tower_learns and self.names:
-                x_BND = self.middle_BLD[:, batch.first_visual :][:, : visual_BND.shape[1]]
-                name_loss, names = binding_loss(self.names, x_BND, batch.bindings, NAMES)
-                loss, figures = loss + name_loss, figures | names
             answer_loss = F.cross_entropy(logits.float(), batch.targets)
             loss = self.dense_weight * loss + answer_loss
             figures["answer"] = answer_loss.detach()
@@ -240,6 +229,21 @@ class Trainee(nn.Module):
         loss = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum") / known
         return loss, ((logits.argmax(-1) == target).sum() / known).detach()
 
+    def layout_loss(self, x_BND: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Every patch names where its text stands and its digits; of each the share that is
+        right."""
+        assert self.layout, "there are pages"
+        x = F.layer_norm(x_BND.float(), x_BND.shape[-1:])
+        losses, figures = [], {}
+        parts = self.layout(x).split(list(LAYOUT_GROUPS.values()), dim=-1)
+        for i, (name, logits) in enumerate(zip(LAYOUT_GROUPS, parts, strict=True)):
+            logits, target = logits.flatten(0, -2), targets[..., i].flatten()
+            known = (target != IGNORE).sum().clamp(min=1)
+            summed = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+            losses.append(summed / known)
+            figures[name] = ((logits.argmax(-1) == target).sum() / known).detach()
+        return torch.stack(losses).sum() / 2, figures
+
     def answers(self, visual_BND: Tensor, batch: Batch) -> Tensor:
         """Logits at the answers' tokens, (answer tokens of the whole batch, V)."""
         language = self.vlm.language
@@ -250,18 +254,3 @@ class Trainee(nn.Module):
         embeds_BLD = torch.cat(pieces, dim=1)
         hidden = language(embeds_BLD, batch.positions, batch.visible())
         return language.logits(hidden.flatten(0, 1)[batch.answer_at])
-
-
-def binding_loss(
-    head: nn.Linear, x_BND: Tensor, targets: Tensor, groups: dict[str, int]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Every patch names what its text belongs to, in some groups of BINDINGS; of each the share
-    that is right."""
-    x = F.layer_norm(x_BND.float(), x_BND.shape[-1:])
-    loss, figures = x.new_zeros(()), {}
-    for name, logits in zip(groups, head(x).split(list(groups.values()), dim=-1), strict=True):
-        logits, target = logits.flatten(0, -2), targets[..., list(BINDINGS).index(name)].flatten()
-        known = (target != IGNORE).sum().clamp(min=1)
-        loss = loss + F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum") / known
-        figures[name] = ((logits.argmax(-1) == target).sum() / known).detach()
-    return loss / 2, figures

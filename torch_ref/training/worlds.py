@@ -20,7 +20,7 @@ from mlx_vlm_prune.scenes.pages.words import PRINTED
 from mlx_vlm_prune.scenes.questions import content
 from mlx_vlm_prune.scenes.vocabulary import PLACES, SLOTS, large_words, words
 
-from .bindings import BINDINGS, bars, bindings
+from .layout_targets import LAYOUT_GROUPS, bars, text_targets
 
 IGNORE = -100
 PATCH = 16
@@ -124,9 +124,9 @@ class SceneWorld:
         """None, (N, THIRDS) of IGNORE: signs have targets of their own."""
         return np.full(((self.canvas.size // PATCH) ** 2, len(THIRDS)), IGNORE)
 
-    def bindings(self, drawn: scenes.Scene) -> np.ndarray:
-        """None, (N, BINDINGS) of IGNORE."""
-        return np.full(((self.canvas.size // PATCH) ** 2, len(BINDINGS)), IGNORE)
+    def layout_targets(self, drawn: scenes.Scene) -> np.ndarray:
+        """None, (N, LAYOUT_GROUPS) of IGNORE."""
+        return np.full(((self.canvas.size // PATCH) ** 2, len(LAYOUT_GROUPS)), IGNORE)
 
 
 def _sign_targets(
@@ -213,22 +213,22 @@ class PageWorld:
                 target[on, third] = named
         return target
 
-    def bindings(self, drawn: pages.Page) -> np.ndarray:
-        """What each patch's text or bar belongs to, (N, BINDINGS): places in each, or IGNORE."""
+    def layout_targets(self, drawn: pages.Page) -> np.ndarray:
+        """Where each patch's text or bar stands, (N, LAYOUT_GROUPS): places in each, or IGNORE."""
         x, y = patch_centres(drawn.side)
-        target, nearest = np.full((len(x), len(BINDINGS)), IGNORE), np.full(len(x), PATCH / 2)
-        for text, belongs in zip(drawn.texts, bindings(drawn), strict=True):
+        target, nearest = np.full((len(x), len(LAYOUT_GROUPS)), IGNORE), np.full(len(x), PATCH / 2)
+        for text, place in zip(drawn.texts, text_targets(drawn), strict=True):
             (x0, x1), _, off, _ = _along(drawn, text, x, y)
             on = (x > x0 - PATCH / 2) & (x < x1 + PATCH / 2) & (off < nearest)
             nearest[on] = off[on]
-            target[on] = [belongs.get(name, IGNORE) for name in BINDINGS]
+            target[on] = [place.get(name, IGNORE) for name in LAYOUT_GROUPS]
         straight = replace(drawn, turn=-drawn.turn).turned(x, y)
-        for polygon, belongs in bars(drawn).values():
+        for polygon, place in bars(drawn).values():
             on = np.full(len(x), True)
             for at, ends in zip(straight, zip(*polygon.points, strict=True), strict=True):
                 margin = max(0, (PATCH - (max(ends) - min(ends))) / 2)  # a point fills no patch
                 on &= (at >= min(ends) - margin) & (at <= max(ends) + margin)
-            target[on] = [belongs.get(name, IGNORE) for name in BINDINGS]
+            target[on] = [place.get(name, IGNORE) for name in LAYOUT_GROUPS]
         return target
 
 
