@@ -9,12 +9,13 @@ import torch
 from mlx_vlm_prune.scenes import compose, pages
 from mlx_vlm_prune.scenes.pages import Facts, Page, Text
 from mlx_vlm_prune.scenes.pages.page import Shape
-from torch_ref.training.layout_targets import DIGITS, LAYOUT_GROUPS, NO_DIGIT, text_targets
+from torch_ref.training.layout_targets import DIGITS, LAYOUT_GROUPS, NO_DIGIT, bars, text_targets
 from torch_ref.training.scenes_data import ScenesBatches
 from torch_ref.training.scenes_model import SIZES, Trainee
 from torch_ref.training.worlds import IGNORE, PAGES, PageWorld, SceneWorld
 
 BAR = list(LAYOUT_GROUPS).index("bar")
+SIDES = slice(0, 7), slice(7, 14)  # left and right half of a line of patches
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 
@@ -111,6 +112,39 @@ def columns(row: np.ndarray) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("size", [pages.SMALL, pages.LARGE])
+def test_every_target_of_composed_pages_is_within_its_group(size):
+    seen: dict[str, set[int]] = {name: set() for name in LAYOUT_GROUPS}
+    for seed in range(100):
+        targets = PageWorld(size).layout_targets(pages.compose(seed, size))
+        for name, column in zip(LAYOUT_GROUPS, targets.T, strict=True):
+            seen[name] |= set(column.tolist()) - {IGNORE}
+    for name, classes in LAYOUT_GROUPS.items():
+        assert seen[name] and seen[name] <= set(range(classes)), name
+    assert seen["bar"] == {0, 1, 2} and seen["first digit"] == set(range(1, 10))
+
+
+@pytest.mark.parametrize("layout", ["bars", "curve"])
+def test_bars_and_points_of_turned_charts_are_named_where_they_are_painted(layout):
+    """By the picture itself: the one patch that holds the top of a bar, or a point."""
+    size, right, total = pages.SMALL, 0, 0
+    for seed in range(300):
+        drawn = pages.compose(seed, size)
+        if drawn.layout != layout or abs(drawn.turn) < 1:
+            continue
+        targets = PageWorld(size).layout_targets(drawn).reshape(14, 14, -1)
+        ranked = sorted(drawn.facts.heights, key=drawn.facts.heights.__getitem__)
+        for name, (polygon, _) in bars(drawn).items():
+            x, y = np.mean(polygon.points, axis=0)
+            x, y = drawn.turned(x, y)
+            rank = {ranked[0]: 2, ranked[-1]: 1}.get(name, 0)
+            top = drawn.turned(x, min(y for _, y in polygon.points))[1]
+            patch = targets[int(y) // 16, int(x) // 16]
+            total += 1
+            right += patch[BAR] == rank and abs(8 * patch[BAR + 1] + 4 - top) < 8
+    assert total > 40 and right >= 0.97 * total  # neighbouring points may share a patch
+
+
+@pytest.mark.parametrize("size", [pages.SMALL, pages.LARGE])
 def test_answers_about_pages_can_be_read_from_words_and_these_targets(size):
     """Every fact of 200 pages, without the places of its texts."""
     for seed in range(200):
@@ -118,14 +152,21 @@ def test_answers_about_pages_can_be_read_from_words_and_these_targets(size):
         facts, targets = drawn.facts, text_targets(drawn)
         words = [text.text.lower() for text in drawn.texts]
         if facts.heights:
-            ranks = {target["bar"]: word for word, target in zip(words, targets, strict=True)}
-            assert ranks[1] == max(facts.heights, key=facts.heights.__getitem__)
-            assert ranks[2] == min(facts.heights, key=facts.heights.__getitem__)
+            ranks = {word: target["bar"] for word, target in zip(words, targets, strict=True)}
+            low, *_, high = sorted(facts.heights, key=facts.heights.__getitem__)
+            assert ranks == {**dict.fromkeys(facts.heights, 0), high: 1, low: 2}
             continue
-        assert {t["lines"] for t in targets if "lines" in t} == set(facts.lines.values())
         assert [number(t) for t in targets] == [word if word.isdigit() else "" for word in words]
         if drawn.layout == "columns":
+            for side, count in zip((-1, 1), facts.lines.values(), strict=True):
+                mine = [
+                    target
+                    for text, target in zip(drawn.texts, targets, strict=True)
+                    if side * (text.x - size.side / 2) > 0
+                ]
+                assert {t["lines"] for t in mine} == {count} == {max(t["line"] for t in mine) + 1}
             continue
+        assert {t["lines"] for t in targets if "lines" in t} == set(facts.lines.values())
         places = [(target["line"], target["word"]) for target in targets]
         at, of = dict(zip(places, words, strict=True)), dict(zip(words, places, strict=True))
         for (row, column), value in facts.cells.items():
@@ -136,13 +177,26 @@ def test_answers_about_pages_can_be_read_from_words_and_these_targets(size):
 
 
 def test_patches_on_a_text_and_no_others_have_targets():
-    drawn = page("form", Text("city", 16, 40, 12), Text("lima", 112, 40, 12))
+    drawn = page("form", Text("city", 16, 40, 12), Text("lima", 108, 40, 12))
     targets = PageWorld(pages.SMALL).layout_targets(drawn).reshape(14, 14, -1)
     word = list(LAYOUT_GROUPS).index("word")
-    # 4 letters of 7.22 pixels: from 16 to 45 and from 112 to 141, in the third line of patches.
-    assert columns(targets[2, :, word]) == {1: 0, 2: 0, 7: 1, 8: 1}
-    assert (targets[[0, 1, 3]] == IGNORE).all() and (targets[:, :, BAR] == IGNORE).all()
+    # 4 letters of 7.22 pixels: from 16 to 45 and from 108 to 137. A patch whose middle lies less
+    # than 8 pixels beside them has targets: that at 104, not those at 8, 56, 88 and 152.
+    assert columns(targets[2, :, word]) == {1: 0, 2: 0, 6: 1, 7: 1, 8: 1}
+    assert (np.delete(targets, 2, axis=0) == IGNORE).all()
+    assert (targets[:, :, BAR] == IGNORE).all()
     assert (SceneWorld().layout_targets(compose(0)) == IGNORE).all()
+
+
+def test_a_text_of_a_turned_page_is_named_where_it_is_painted():
+    texts = (Text("city", 14, 112, 12), Text("lima", 180, 112, 12))
+    drawn = replace(page("form", *texts), turn=2.0)
+    targets = PageWorld(pages.SMALL).layout_targets(drawn).reshape(14, 14, -1)
+    dark = np.asarray(pages.draw(drawn).convert("L")) < 128
+    ink = dark.reshape(14, 16, 14, 16).sum((1, 3))
+    word = targets[:, :, list(LAYOUT_GROUPS).index("word")]
+    lines = [np.flatnonzero((word[:, half] != IGNORE).any(axis=1)).tolist() for half in SIDES]
+    assert lines == [[ink[:, half].sum(axis=1).argmax()] for half in SIDES] == [[7], [6]]
 
 
 def test_the_targets_teach_a_tower_that_learns_and_no_other():
@@ -153,6 +207,10 @@ def test_the_targets_teach_a_tower_that_learns_and_no_other():
     without = replace(batch, layout=torch.full_like(batch.layout, IGNORE))
     other, figures = trainee(without, questions=False)
     assert all(figures[name] == 0 for name in LAYOUT_GROUPS) and other < loss
+    x_BND = trainee.vlm.tower(batch.pixels).signals.x_BND
+    trainee.layout_loss(x_BND, batch.layout)[0].backward()
+    grad = trainee.vlm.tower.embeddings.patch_embedding.weight.grad
+    assert grad is not None and grad.any()
     trainee.vlm.tower.requires_grad_(False)
     assert not trainee(batch, questions=False)[1].keys() & LAYOUT_GROUPS.keys()
     assert Trainee(0.5, SIZES["deep"]).layout is None

@@ -160,8 +160,8 @@ class Trainee(nn.Module):
     """The model and its losses.
 
     Every projected patch must predict its words through the tied embedding (kind, colour, cell,
-    letter), every patch of a page its letters and where its text stands, CLS what is in the
-    picture, and, once `questions` are asked, the language model the answers.
+    letter), the patches of a page their letters and LAYOUT_GROUPS, CLS what is in the picture, and,
+    once `questions` are asked, the language model the answers.
     """
 
     def __init__(self, dense_weight: float, size: ModelSize = SIZES["small"]) -> None:
@@ -223,26 +223,16 @@ class Trainee(nn.Module):
         """Every patch names its letters, a third of a patch each; the share that is right."""
         assert self.glyphs, "there are pages"
         x = F.layer_norm(x_BND.float(), x_BND.shape[-1:])
-        logits = self.glyphs(x).unflatten(-1, (len(THIRDS), len(GLYPHS))).flatten(0, -2)
-        target = targets.flatten()
-        known = (target != IGNORE).sum().clamp(min=1)
-        loss = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum") / known
-        return loss, ((logits.argmax(-1) == target).sum() / known).detach()
+        return _named(self.glyphs(x).unflatten(-1, (len(THIRDS), len(GLYPHS))), targets)
 
     def layout_loss(self, x_BND: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Every patch names where its text stands and its digits; of each the share that is
-        right."""
+        """Patches of texts and bars name LAYOUT_GROUPS; of each group the share that is right."""
         assert self.layout, "there are pages"
         x = F.layer_norm(x_BND.float(), x_BND.shape[-1:])
-        losses, figures = [], {}
         parts = self.layout(x).split(list(LAYOUT_GROUPS.values()), dim=-1)
-        for i, (name, logits) in enumerate(zip(LAYOUT_GROUPS, parts, strict=True)):
-            logits, target = logits.flatten(0, -2), targets[..., i].flatten()
-            known = (target != IGNORE).sum().clamp(min=1)
-            summed = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
-            losses.append(summed / known)
-            figures[name] = ((logits.argmax(-1) == target).sum() / known).detach()
-        return torch.stack(losses).sum() / 2, figures
+        pairs = [_named(logits, targets[..., i]) for i, logits in enumerate(parts)]
+        losses, shares = zip(*pairs, strict=True)
+        return torch.stack(losses).sum() / 2, dict(zip(LAYOUT_GROUPS, shares, strict=True))
 
     def answers(self, visual_BND: Tensor, batch: Batch) -> Tensor:
         """Logits at the answers' tokens, (answer tokens of the whole batch, V)."""
@@ -254,3 +244,12 @@ class Trainee(nn.Module):
         embeds_BLD = torch.cat(pieces, dim=1)
         hidden = language(embeds_BLD, batch.positions, batch.visible())
         return language.logits(hidden.flatten(0, 1)[batch.answer_at])
+
+
+def _named(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of scores (..., classes) at the targets that are known, and the share that is
+    right."""
+    logits, target = logits.flatten(0, -2), target.flatten()
+    known = (target != IGNORE).sum().clamp(min=1)
+    summed = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+    return summed / known, ((logits.argmax(-1) == target).sum() / known).detach()

@@ -1,7 +1,6 @@
 """The drawn worlds that a model is trained on: pictures, questions, and what each patch holds.
 
-The only file of the training that touches `mlx_vlm_prune`, and of it only the scenes: pictures
-and words are data, which both frameworks must share. No MLX is imported.
+Pictures and words are data, which both frameworks share: no MLX is imported.
 
 Shapes: N patches, G groups of words that a patch must predict.
 """
@@ -40,7 +39,7 @@ PAGE_GROUPS: dict[str, tuple[str, ...]] = {
     "next digit": tuple("##" + digit for digit in "0123456789"),
 }
 GLYPHS = "0123456789abcdefghijklmnopqrstuvwxyz"  # that a patch of a page must name, in both cases
-THIRDS = (-PATCH / 3, 0.0, PATCH / 3)  # where in a patch, from its centre
+THIRDS = np.array([-PATCH / 3, 0.0, PATCH / 3])  # where in a patch, from its centre
 SUMMARY = len(scenes.SHAPES) * len(scenes.COLOURS) + 1  # what CLS must name: things, and a sign
 # How often each kind is asked: the slow ones more often.
 SCENE_MIX = {
@@ -202,15 +201,14 @@ class PageWorld:
         A patch names only what lies on the middle line of a text within half a patch of its centre.
         """
         x, y = patch_centres(drawn.side)
-        target, nearest = (np.full((len(x), len(THIRDS)), n) for n in (IGNORE, PATCH / 2))
+        x, y = x[:, None] + THIRDS, y[:, None]
+        target, nearest = (np.full(x.shape, n) for n in (IGNORE, PATCH / 2))
         for text in drawn.texts:
-            for third, shift in enumerate(THIRDS):
-                _, across, off, ends = _along(drawn, text, x + shift, y)
-                on = (across >= 0) & (across < 1) & (off < nearest[:, third])
-                nearest[on, third] = off[on]
-                letter = np.searchsorted(ends, across[on] * ends[-1], side="right")
-                named = [GLYPHS.index(text.text[place].lower()) for place in letter]
-                target[on, third] = named
+            _, across, off, ends = _along(drawn, text, x, y)
+            on = (across >= 0) & (across < 1) & (off < nearest)
+            nearest[on] = off[on]
+            letter = np.searchsorted(ends, across[on] * ends[-1], side="right")
+            target[on] = [GLYPHS.index(text.text[place].lower()) for place in letter]
         return target
 
     def layout_targets(self, drawn: pages.Page) -> np.ndarray:
@@ -222,12 +220,11 @@ class PageWorld:
             on = (x > x0 - PATCH / 2) & (x < x1 + PATCH / 2) & (off < nearest)
             nearest[on] = off[on]
             target[on] = [place.get(name, IGNORE) for name in LAYOUT_GROUPS]
-        straight = replace(drawn, turn=-drawn.turn).turned(x, y)
+        straight = np.stack(replace(drawn, turn=-drawn.turn).turned(x, y), axis=1)
         for polygon, place in bars(drawn).values():
-            on = np.full(len(x), True)
-            for at, ends in zip(straight, zip(*polygon.points, strict=True), strict=True):
-                margin = max(0, (PATCH - (max(ends) - min(ends))) / 2)  # a point fills no patch
-                on &= (at >= min(ends) - margin) & (at <= max(ends) + margin)
+            low, high = np.min(polygon.points, axis=0), np.max(polygon.points, axis=0)
+            reach = np.maximum(high - low, PATCH) / 2  # a point or a low bar fills no patch
+            on = (np.abs(straight - (low + high) / 2) <= reach).all(axis=1)
             target[on] = [place.get(name, IGNORE) for name in LAYOUT_GROUPS]
         return target
 
