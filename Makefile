@@ -46,8 +46,8 @@ LOWEST := $(VENV)-lowest
 INSTALLS_alone := .
 INSTALLS_hosts := '.[mlx-lm,mlx-vlm]' transformers
 TESTS_alone := $(patsubst %,tests/test_%.py,answers chains generate golden_requests goldens image \
-	image_refusals model overlay presets prompt pruners_budgets pruners_twins signal_memory signals \
-	twig)
+	image_refusals model overlay pages presets prompt pruners_budgets pruners_twins scenes \
+	selective_scan signal_memory signals twig)
 TESTS_hosts := $(patsubst %,tests/test_%.py,hosts hosts_at_once hosts_evaluate hosts_generate \
 	hosts_recent hosts_several_images hosts_tower hosts_video hub image llava mlx_lm picture_memory \
 	prune_into_stock pruned pruned_attach torch_ref_parts)

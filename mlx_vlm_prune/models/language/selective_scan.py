@@ -24,7 +24,9 @@ from ...machine.hardware import on_cpu
 BLOCK_VALUES_CPU, BLOCK_VALUES_GPU = 1 << 18, 1 << 25
 MOST_ROWS_CPU, MOST_ROWS_GPU = 64, 1024
 LN2 = math.log(2)
-ROUND = 1.5 * 2**23  # a float32 that this is added to is rounded to a whole number
+# A float32 that this is added to is rounded to a whole number, in its lowest bits (it is a multiple
+# of 512). MLX 0.31 compiles the first seven digits of a constant only.
+ROUND = 12_582_400.0
 SMALLEST = -126.0  # the exponent of the smallest normal float32
 
 Read = Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
@@ -106,9 +108,9 @@ def _power_by_bits(x: mx.array) -> mx.array:
     series are enough. It is 1 at f = 0 and its slope is right, so slow decays keep their rate.
     """
     x = mx.maximum(x, SMALLEST)
-    rounded = x + (ROUND + 127)
-    whole = mx.left_shift(rounded.view(mx.int32), 23).view(mx.float32)
-    f = x - (rounded - (ROUND + 127))
+    rounded = x + ROUND
+    whole = mx.left_shift(rounded.view(mx.int32) + 127, 23).view(mx.float32)
+    f = x - (rounded - ROUND)
     square = f * f
     R = (square * (-(LN2**3) / 360) + LN2 / 6) * square + 2 / LN2
     return (R + f) / (R - f) * whole

@@ -50,4 +50,4 @@ def _paint_text(brush: ImageDraw.ImageDraw, text: Text, page: Page) -> None:
 def load_font(name: str, pixels: int) -> ImageFont.FreeTypeFont:
     """One of FONTS; its layout is Pillow's own, which is there with any version."""
     path = FOLDER / f"{name}.ttf"
-    return ImageFont.truetype(path, pixels, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(str(path), pixels, layout_engine=ImageFont.Layout.BASIC)
