@@ -74,7 +74,8 @@ def fused(
 
     It is traced once for all shapes, so it has no size in it, no slice, and no reduction (which
     crashes over an axis of one entry); or, without `any_shape`, once for each, which makes fewer
-    launches of a long function. No constant in it is infinite: MLX 0.31 cannot compile that.
+    launches of a long function. No constant in it is infinite, which MLX 0.31 cannot compile, or
+    needs more than seven digits, which it cuts off.
     """
     compiled = mx.compile(function, shapeless=any_shape)
 
